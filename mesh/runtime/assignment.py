@@ -1,0 +1,76 @@
+"""What one worker must load and be: the part of a plan that concerns one shard. Plain data, safe to send to a worker."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from topology.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """One shard of one stage. Ranges are half open, as in `topology.plan.Shard`.
+
+    `model` is the path of the model on this site (a folder or a .gguf file). `device` is torch's name for it ("cpu",
+    "cuda:0"); `threads` bounds torch's threads. `rank` of `size` is the shard's place in its stage; rank 0 leads.
+    """
+
+    job: str
+    epoch: tuple[int, str]
+    model: str
+    dtype: str
+    device: str
+    threads: int
+    memory_bytes: int
+    context: int
+    stage: int
+    stages: int
+    start: int
+    end: int
+    rank: int
+    size: int
+    kv_heads: tuple[int, int]
+    columns: tuple[int, int]
+    vocabulary: tuple[int, int]
+
+    @property
+    def first(self) -> bool:
+        """Whether this stage embeds token ids."""
+        return self.stage == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether this stage computes logits and samples."""
+        return self.stage == self.stages - 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this shard talks to the ring."""
+        return self.rank == 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """A msgpack-able document, the inverse of `from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> Assignment:
+        """Rebuild an assignment; lists become tuples again."""
+        values = {f.name: document[f.name] for f in fields(cls)}
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def assignments(
+    plan: Plan, *, job: str, epoch: tuple[int, str], model: str
+) -> dict[str, Assignment]:
+    """Every shard's assignment by its `site/device` key. Device, threads and memory are filled in by the shard's peer."""
+    result = {}
+    for index, stage in enumerate(plan.stages):
+        for rank, shard in enumerate(stage.shards):
+            result[shard.key] = Assignment(
+                job=job, epoch=epoch, model=model, dtype=plan.model.dtype, device=shard.device, threads=0,
+                memory_bytes=shard.memory_bytes, context=plan.context, stage=index, stages=len(plan.stages),
+                start=stage.start, end=stage.end, rank=rank, size=len(stage.shards), kv_heads=shard.kv_heads,
+                columns=shard.columns, vocabulary=shard.vocabulary,
+            )
+    return result

@@ -1,0 +1,90 @@
+"""The picture a plan is made from: sites, devices and links at one moment, as an immutable networkx graph."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import networkx as nx
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device and its measured speed. `flops` is matrix-product FLOP/s by dtype name; `memory_bandwidth` is bytes/s.
+
+    `memory_bytes` is what jobs may use in all, `free_bytes` what is left of it now. `reserve` is the fraction of
+    `memory_bytes` kept back so that the loss of another site can be absorbed; a plan uses it only when nothing else fits.
+    """
+
+    name: str
+    kind: str
+    vendor: str
+    memory_bytes: int
+    free_bytes: int
+    flops: dict[str, float] = field(hash=False)
+    memory_bandwidth: float = 0.0
+    reserve: float = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A site with its devices. `local_rtt_s` and `local_bandwidth` (bytes/s) describe the link between its devices."""
+
+    name: str
+    region: str
+    devices: tuple[Device, ...]
+    local_rtt_s: float = 20e-6
+    local_bandwidth: float = 2e9
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """A directed pair of sites. `rtt_s` is the minimum measured, `jitter_s` its spread, `bandwidth` bytes/s.
+
+    `measured` is False where the RTT is an estimate; `reachable` is False where the pair cannot exchange traffic.
+    """
+
+    source: str
+    target: str
+    rtt_s: float
+    jitter_s: float = 0.0
+    loss: float = 0.0
+    bandwidth: float = 125e6
+    measured: bool = True
+    reachable: bool = True
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Sites and links at one moment. The same sites and links give an equal snapshot, whatever order they came in."""
+
+    sites: tuple[Site, ...]
+    links: tuple[Link, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sites", tuple(sorted(self.sites, key=lambda site: site.name)))
+        object.__setattr__(self, "links", tuple(sorted(self.links, key=lambda link: (link.source, link.target))))
+
+    @property
+    def graph(self) -> nx.DiGraph[str]:
+        """A frozen digraph: node attribute `site` is the Site, edge attribute `link` the Link."""
+        graph: nx.DiGraph[str] = nx.DiGraph()
+        for site in self.sites:
+            graph.add_node(site.name, site=site)
+        for link in self.links:
+            if link.source in graph and link.target in graph:
+                graph.add_edge(link.source, link.target, link=link)
+        return nx.freeze(graph)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON document, the inverse of `from_dict`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> Snapshot:
+        """Rebuild a snapshot. Raises KeyError or TypeError where the document is not one."""
+        sites = tuple(
+            Site(**{**site, "devices": tuple(Device(**device) for device in site["devices"])})
+            for site in document["sites"]
+        )
+        return cls(sites, tuple(Link(**link) for link in document["links"]))
