@@ -1,0 +1,1 @@
+"""The clients over gRPC: `blocking` for scripts and notebooks, `aio` for services under trio."""

@@ -1,0 +1,36 @@
+"""`--constraint KEY=VALUE`: text to the values that `topology.Constraints` takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mesh.errors import RequestError
+
+#: Keys whose value is a list, written with commas.
+LISTS = frozenset({"sites", "exclude_sites", "regions"})
+
+
+def parse(options: list[str]) -> dict[str, Any]:
+    """The constraints as a mapping. A list's key may be repeated. Raises RequestError for what is not KEY=VALUE."""
+    result: dict[str, Any] = {}
+    for option in options:
+        key, equals, text = option.partition("=")
+        key, text = key.strip().replace("-", "_"), text.strip()
+        if not equals or not key or not text:
+            raise RequestError(f"--constraint: {option!r} is not KEY=VALUE, as in sites=a,b")
+        if key in LISTS:
+            result.setdefault(key, []).extend(part.strip() for part in text.split(",") if part.strip())
+        elif key in result:
+            raise RequestError(f"--constraint: {key} is given twice")
+        else:
+            result[key] = _number(text)
+    return result
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text

@@ -1,0 +1,68 @@
+"""One gRPC channel to one peer, its deadlines, and the unary call that turns every failure into a `MeshError`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from mesh.client.errors import from_rpc
+from mesh.errors import MeshError
+from mesh.wire.v1 import mesh_pb2_grpc
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+#: A peer answers these from memory.
+ASK_S = 10.0
+
+#: Planning reads the model's configuration, in a process of its own, perhaps from a hub.
+PLAN_S = 180.0
+
+#: Cancelling waits until the workers have let go.
+CANCEL_S = 30.0
+
+#: Longest silence within a generation: a long prefill on a slow device, or a recovery, say nothing for a while.
+IDLE_S = 300.0
+
+#: How long `wait` waits for weights to load.
+WAIT_S = 600.0
+
+_CHANNEL_OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.enable_http_proxy", 0),  # a proxy from the environment must not stand between a client and its own peer
+    ("grpc.use_local_subchannel_pool", 1),  # one client's back-off is not another's
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+]
+
+
+class Connection:
+    """A channel to the peer at `address`. Opening does no I/O; the first call connects."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self.stub = mesh_pb2_grpc.MeshStub(self._channel)
+
+    def close(self) -> None:
+        """Close the channel; calls in progress end. May be called twice."""
+        self._channel.close()
+
+    def call(self, method: Any, request: Any, what: str, deadline_s: float) -> Any:
+        """One unary call. Raises the peer's own error, PeerUnreachable or DeadlineExceeded."""
+        try:
+            return self.begin(method, request, timeout=deadline_s)
+        except grpc.RpcError as error:
+            raise self.error(error, what, deadline_s) from None
+
+    def begin(self, start: Callable[..., Any], request: Any, timeout: float | None = None) -> Any:
+        """Start a call of any kind. Raises MeshError where this connection was closed."""
+        try:
+            return start(request, timeout=timeout)
+        except ValueError as error:  # what grpc raises on a closed channel
+            raise MeshError(f"the connection to the peer at {self.address} is closed: connect again") from error
+
+    def error(self, error: grpc.RpcError, what: str, deadline_s: float, *, begun: bool = False) -> MeshError:
+        """The `MeshError` for a failed call on this connection."""
+        return from_rpc(error, self.address, what, deadline_s, begun=begun)
