@@ -28,7 +28,7 @@ class Cgroup:
 
 
 def read_cgroup(root: Path = Path("/")) -> Cgroup:
-    """The limits of this process. `root` stands for the file system's root in tests. Never raises: no file, no limit."""
+    """The limits of this process; where a file is missing, none. `root` is the file system's root, another in tests."""
     limits: list[tuple[int, int]] = []
     cpus: list[float] = []
     mount = root / "sys/fs/cgroup"

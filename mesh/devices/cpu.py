@@ -40,7 +40,7 @@ def find(root: Path = Path("/")) -> Found:
 
 
 def usable_threads(cgroup: Cgroup) -> int:
-    """Threads worth running: physical cores (a second thread on one adds no matrix units), within affinity and quota."""
+    """Threads worth running: physical cores (a second thread adds no matrix units), within affinity and quota."""
     try:
         allowed = len(os.sched_getaffinity(0))
     except AttributeError:  # macOS and Windows know no affinity call
