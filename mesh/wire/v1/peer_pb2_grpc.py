@@ -54,6 +54,11 @@ class PeerStub:
                 request_serializer=mesh_dot_wire_dot_v1_dot_peer__pb2.StopRequest.SerializeToString,
                 response_deserializer=mesh_dot_wire_dot_v1_dot_peer__pb2.Done.FromString,
                 _registered_method=True)
+        self.Ping = channel.unary_unary(
+                '/mesh.wire.v1.Peer/Ping',
+                request_serializer=mesh_dot_wire_dot_v1_dot_peer__pb2.Done.SerializeToString,
+                response_deserializer=mesh_dot_wire_dot_v1_dot_peer__pb2.Done.FromString,
+                _registered_method=True)
         self.Release = channel.unary_unary(
                 '/mesh.wire.v1.Peer/Release',
                 request_serializer=mesh_dot_wire_dot_v1_dot_peer__pb2.ReleaseRequest.SerializeToString,
@@ -98,8 +103,15 @@ class PeerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Ping(self, request, context):
+        """whether the peer still answers
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Release(self, request, context):
-        """end the job's workers on this peer
+        """end the job's workers on this peer, but for those to keep
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -133,6 +145,11 @@ def add_PeerServicer_to_server(servicer, server):
             'Stop': grpc.unary_unary_rpc_method_handler(
                     servicer.Stop,
                     request_deserializer=mesh_dot_wire_dot_v1_dot_peer__pb2.StopRequest.FromString,
+                    response_serializer=mesh_dot_wire_dot_v1_dot_peer__pb2.Done.SerializeToString,
+            ),
+            'Ping': grpc.unary_unary_rpc_method_handler(
+                    servicer.Ping,
+                    request_deserializer=mesh_dot_wire_dot_v1_dot_peer__pb2.Done.FromString,
                     response_serializer=mesh_dot_wire_dot_v1_dot_peer__pb2.Done.SerializeToString,
             ),
             'Release': grpc.unary_unary_rpc_method_handler(
@@ -253,6 +270,33 @@ class Peer:
             target,
             '/mesh.wire.v1.Peer/Stop',
             mesh_dot_wire_dot_v1_dot_peer__pb2.StopRequest.SerializeToString,
+            mesh_dot_wire_dot_v1_dot_peer__pb2.Done.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Ping(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.wire.v1.Peer/Ping',
+            mesh_dot_wire_dot_v1_dot_peer__pb2.Done.SerializeToString,
             mesh_dot_wire_dot_v1_dot_peer__pb2.Done.FromString,
             options,
             channel_credentials,

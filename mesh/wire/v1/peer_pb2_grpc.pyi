@@ -41,8 +41,10 @@ class PeerStub:
     """begin (or resume) a request, at the lead of the first stage"""
     Stop: _grpc.UnaryUnaryMultiCallable[_peer_pb2.StopRequest, _peer_pb2.Done]
     """end a request early, at the lead of the first stage"""
+    Ping: _grpc.UnaryUnaryMultiCallable[_peer_pb2.Done, _peer_pb2.Done]
+    """whether the peer still answers"""
     Release: _grpc.UnaryUnaryMultiCallable[_peer_pb2.ReleaseRequest, _peer_pb2.Done]
-    """end the job's workers on this peer"""
+    """end the job's workers on this peer, but for those to keep"""
     Events: _grpc.UnaryStreamMultiCallable[_peer_pb2.EventsRequest, _peer_pb2.WorkerEvent]
     """what the job's workers on this peer report"""
 
@@ -59,8 +61,10 @@ class PeerAsyncStub(PeerStub):
     """begin (or resume) a request, at the lead of the first stage"""
     Stop: _aio.UnaryUnaryMultiCallable[_peer_pb2.StopRequest, _peer_pb2.Done]  # type: ignore[assignment]
     """end a request early, at the lead of the first stage"""
+    Ping: _aio.UnaryUnaryMultiCallable[_peer_pb2.Done, _peer_pb2.Done]  # type: ignore[assignment]
+    """whether the peer still answers"""
     Release: _aio.UnaryUnaryMultiCallable[_peer_pb2.ReleaseRequest, _peer_pb2.Done]  # type: ignore[assignment]
-    """end the job's workers on this peer"""
+    """end the job's workers on this peer, but for those to keep"""
     Events: _aio.UnaryStreamMultiCallable[_peer_pb2.EventsRequest, _peer_pb2.WorkerEvent]  # type: ignore[assignment]
     """what the job's workers on this peer report"""
 
@@ -100,12 +104,20 @@ class PeerServicer(metaclass=_abc_1.ABCMeta):
         """end a request early, at the lead of the first stage"""
 
     @_abc_1.abstractmethod
+    def Ping(
+        self,
+        request: _peer_pb2.Done,
+        context: _ServicerContext,
+    ) -> _typing.Union[_peer_pb2.Done, _abc.Awaitable[_peer_pb2.Done]]:
+        """whether the peer still answers"""
+
+    @_abc_1.abstractmethod
     def Release(
         self,
         request: _peer_pb2.ReleaseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_peer_pb2.Done, _abc.Awaitable[_peer_pb2.Done]]:
-        """end the job's workers on this peer"""
+        """end the job's workers on this peer, but for those to keep"""
 
     @_abc_1.abstractmethod
     def Events(

@@ -1,0 +1,92 @@
+"""The jobs this peer owns: made, found, listed and cancelled here."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import trio
+
+from mesh.errors import ConfigError, JobNotFound, PlanError
+from mesh.jobs.coordinator import Coordinator
+from mesh.jobs.job import Job
+from mesh.jobs.model import Inspector
+from mesh.jobs.peers import View
+from topology import Constraints, ConstraintError, Plan, TopologyError
+
+STRATEGIES = ("auto", "tensor_parallelism", "pipeline")
+#: Ended jobs that are kept for `mesh jobs` to show why they ended.
+KEPT_ENDED = 64
+
+
+class Ledger:
+    """Coordinators by job id. `nursery` is the daemon's; a job lives in it until it ends."""
+
+    def __init__(
+        self, site: str, view: View, inspector: Inspector, nursery: trio.Nursery, on_change: Callable[[], None]
+    ) -> None:
+        self._site = site
+        self._view = view
+        self._inspector = inspector
+        self._nursery = nursery
+        self._on_change = on_change
+        self._coordinators: dict[str, Coordinator] = {}
+
+    def __iter__(self) -> Iterator[Coordinator]:
+        return iter(list(self._coordinators.values()))
+
+    def submit(self, model: str, strategy: str, constraints: dict[str, Any]) -> Job:
+        """Begin a job. Raises ConfigError for a strategy or a constraint that does not exist."""
+        coordinator = self._coordinator(model, strategy, constraints)
+        self._coordinators[coordinator.job.id] = coordinator
+        self._forget_old()
+        self._nursery.start_soon(coordinator.run)
+        self._on_change()
+        return coordinator.job
+
+    async def plan(self, model: str, strategy: str, constraints: dict[str, Any]) -> Plan:
+        """Where such a job would run now, without running it. Raises PlanError where it could not."""
+        coordinator = self._coordinator(model, strategy, constraints)
+        info = await self._inspector(model)
+        try:
+            return coordinator.plan(info)
+        except TopologyError as error:
+            raise PlanError(str(error)) from None
+
+    def get(self, job: str) -> Coordinator:
+        """The coordinator of a job owned here. Raises JobNotFound."""
+        try:
+            return self._coordinators[job]
+        except KeyError:
+            raise JobNotFound(f"no job {job!r} is known here: `mesh jobs` lists those there are") from None
+
+    def __contains__(self, job: str) -> bool:
+        return job in self._coordinators
+
+    async def close(self, grace_s: float) -> None:
+        """Let live requests finish for up to `grace_s` seconds, then end every job."""
+        with trio.move_on_after(grace_s):
+            while any(coordinator.requests for coordinator in self):
+                await trio.sleep(0.05)
+        for coordinator in self:
+            coordinator.cancel()
+        with trio.move_on_after(grace_s):
+            for coordinator in self:
+                while not coordinator.job.ended:
+                    await coordinator.job.changed()
+
+    def _coordinator(self, model: str, strategy: str, constraints: dict[str, Any]) -> Coordinator:
+        if strategy not in STRATEGIES:
+            raise ConfigError(f"strategy {strategy!r} is unknown: it is one of {', '.join(STRATEGIES)}")
+        try:
+            Constraints.parse(constraints)
+        except ConstraintError as error:
+            raise ConfigError(str(error)) from None
+        job = Job(secrets.token_hex(4), model, strategy, constraints, self._site)
+        return Coordinator(job, self._view, self._inspector, self._on_change)
+
+    def _forget_old(self) -> None:
+        ended = [name for name, coordinator in self._coordinators.items() if coordinator.job.ended]
+        for name in ended[:-KEPT_ENDED]:
+            del self._coordinators[name]

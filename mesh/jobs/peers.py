@@ -1,0 +1,63 @@
+"""What the owner of a job asks of the peers that serve it, wherever they are: the same calls for itself and for others."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Protocol
+
+from mesh.wire.v1 import peer_pb2
+from topology.snapshot import Snapshot
+
+#: (loaded_bytes, total_bytes) of one shard.
+Progress = Callable[[int, int], None]
+
+
+class PeerCalls(Protocol):
+    """One peer. Every call raises PeerUnreachable when nobody answers, else the error the peer gave."""
+
+    async def prepare(self, request: peer_pb2.PrepareRequest, progress: Progress) -> dict[str, bytes]:
+        """Load one shard; the worker's addresses by transport backend."""
+        ...
+
+    async def connect(self, request: peer_pb2.ConnectRequest) -> None:
+        """Open the channels to the neighbours; returns when all are open."""
+        ...
+
+    async def start(self, request: peer_pb2.StartRequest) -> None:
+        """Begin or resume a request."""
+        ...
+
+    async def stop(self, request: peer_pb2.StopRequest) -> None:
+        """End a request early."""
+        ...
+
+    async def release(self, request: peer_pb2.ReleaseRequest) -> None:
+        """End the job's workers there."""
+        ...
+
+    async def ping(self, timeout_s: float) -> None:
+        """Raise PeerUnreachable or DeadlineExceeded unless the peer answers in time."""
+        ...
+
+    def events(
+        self, request: peer_pb2.EventsRequest
+    ) -> AbstractAsyncContextManager[AsyncIterator[peer_pb2.WorkerEvent]]:
+        """What the job's workers there report, until the peer is gone (PeerUnreachable)."""
+        ...
+
+
+class View(Protocol):
+    """The picture of the mesh that a coordinator plans from."""
+
+    def snapshot(self) -> Snapshot:
+        """Every site that is alive, as gossip has it now."""
+        ...
+
+    def alive(self, site: str) -> bool:
+        """Whether gossip holds the site for alive (a suspect still is)."""
+        ...
+
+    def peer(self, site: str) -> PeerCalls:
+        """The calls of a site's peer. Raises PeerUnreachable where its address is unknown."""
+        ...

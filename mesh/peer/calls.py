@@ -1,0 +1,83 @@
+"""Another site's peer, over gRPC: the remote half of `mesh.jobs.peers.PeerCalls`."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+import grpc
+
+
+from mesh.client.bridge import Messages, unary
+from mesh.client.channel import Connection
+from mesh.errors import PeerUnreachable
+from mesh.jobs.deploy import CONNECT_DEADLINE_S, PREPARE_DEADLINE_S
+from mesh.jobs.peers import Progress
+from mesh.wire.v1 import peer_pb2, peer_pb2_grpc
+
+M = TypeVar("M")
+
+#: Starting, stopping and releasing are answered from memory or after a worker let go.
+CALL_DEADLINE_S = 10.0
+
+
+class RemotePeer(Connection):
+    """The calls of the peer at `address`. Raises PeerUnreachable when nobody answers there."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self._peer = peer_pb2_grpc.PeerStub(self._channel)
+
+    async def prepare(self, request: peer_pb2.PrepareRequest, progress: Progress) -> dict[str, bytes]:
+        """See `PeerCalls.prepare`."""
+        call = self.begin(self._peer.Prepare, request, timeout=PREPARE_DEADLINE_S)
+        events: Messages[peer_pb2.PrepareEvent] = Messages(call)
+        try:
+            while (event := await self._receive(events, "prepare")) is not None:
+                progress(event.loaded_bytes, event.total_bytes)
+                if event.addresses:
+                    return dict(event.addresses)
+        finally:
+            events.close()
+        raise PeerUnreachable(f"the peer at {self.address} ended the loading without a word")
+
+    async def connect(self, request: peer_pb2.ConnectRequest) -> None:
+        """See `PeerCalls.connect`."""
+        await unary(self, self._peer.Connect, request, "connect", CONNECT_DEADLINE_S)
+
+    async def start(self, request: peer_pb2.StartRequest) -> None:
+        """See `PeerCalls.start`."""
+        await unary(self, self._peer.Start, request, "start", CALL_DEADLINE_S)
+
+    async def stop(self, request: peer_pb2.StopRequest) -> None:
+        """See `PeerCalls.stop`."""
+        await unary(self, self._peer.Stop, request, "stop", CALL_DEADLINE_S)
+
+    async def release(self, request: peer_pb2.ReleaseRequest) -> None:
+        """See `PeerCalls.release`."""
+        await unary(self, self._peer.Release, request, "release", CALL_DEADLINE_S)
+
+    async def ping(self, timeout_s: float) -> None:
+        """See `PeerCalls.ping`."""
+        await unary(self, self._peer.Ping, peer_pb2.Done(), "ping", timeout_s)
+
+    @asynccontextmanager
+    async def events(self, request: peer_pb2.EventsRequest) -> AsyncIterator[AsyncIterator[peer_pb2.WorkerEvent]]:
+        """See `PeerCalls.events`."""
+        messages: Messages[peer_pb2.WorkerEvent] = Messages(self.begin(self._peer.Events, request))
+
+        async def iterate() -> AsyncIterator[peer_pb2.WorkerEvent]:
+            while (event := await self._receive(messages, "events")) is not None:
+                yield event
+
+        try:
+            yield iterate()
+        finally:
+            messages.close()
+
+    async def _receive(self, messages: Messages[M], what: str) -> M | None:
+        try:
+            return await messages.receive()
+        except grpc.RpcError as error:
+            raise self.error(error, what, PREPARE_DEADLINE_S, begun=True) from None

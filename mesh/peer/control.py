@@ -1,0 +1,263 @@
+"""The gRPC side of a peer: the services of `proto/`, each method a line or two over the parts that do the work.
+
+A request about a job that another peer owns is passed on to that peer, so that a client may talk to any of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import trio
+
+from mesh.client.channel import CANCEL_S, Connection
+from mesh.errors import AddressInUse, JobNotFound, RequestError
+from mesh.jobs.ledger import Ledger
+from mesh.peer.bridge import Bridge
+from mesh.peer.config import join_address
+from mesh.peer.service import PeerService
+from mesh.peer.view import MeshView
+from mesh.wire.errors import abort
+from mesh.wire.v1 import mesh_pb2, mesh_pb2_grpc, peer_pb2, peer_pb2_grpc
+
+#: Each open stream pins a thread: generations, watchers, and the owners that listen to this peer's workers.
+THREADS = 64
+#: A prompt of a million characters fits many times; anything longer is a mistake.
+MAX_MESSAGE_BYTES = 32 << 20
+
+_OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.so_reuseport", 0),  # a second peer on the same port must fail, not share it
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+]
+
+
+class MeshServicer(mesh_pb2_grpc.MeshServicer):
+    """What clients ask."""
+
+    def __init__(
+        self,
+        bridge: Bridge,
+        ledger: Ledger,
+        view: MeshView,
+        status: Callable[[], dict[str, Any]],
+        elsewhere: Callable[[], Mapping[str, tuple[str, Mapping[str, Any]]]],
+    ) -> None:
+        self._bridge = bridge
+        self._ledger = ledger
+        self._view = view
+        self._status = status
+        self._elsewhere = elsewhere
+
+    def Status(self, request: mesh_pb2.StatusRequest, context: grpc.ServicerContext) -> mesh_pb2.Document:
+        """This peer, its members, devices and jobs."""
+        return self._document(context, self._status)
+
+    def Topology(self, request: mesh_pb2.TopologyRequest, context: grpc.ServicerContext) -> mesh_pb2.Document:
+        """The snapshot that a plan would be made from now."""
+        return self._document(context, lambda: self._view.snapshot().to_dict())
+
+    def Plan(self, request: mesh_pb2.JobSpec, context: grpc.ServicerContext) -> mesh_pb2.Document:
+        """A plan, without running it."""
+
+        async def work() -> mesh_pb2.Document:
+            plan = await self._ledger.plan(request.model, request.strategy, _constraints(request))
+            return mesh_pb2.Document(json=json.dumps(plan.to_dict()))
+
+        return self._bridge.call(context, work)
+
+    def Submit(self, request: mesh_pb2.JobSpec, context: grpc.ServicerContext) -> mesh_pb2.JobStatus:
+        """Begin a job; this peer owns it."""
+
+        async def work() -> mesh_pb2.JobStatus:
+            return self._ledger.submit(request.model, request.strategy, _constraints(request)).status()
+
+        return self._bridge.call(context, work)
+
+    def Watch(self, request: mesh_pb2.JobRef, context: grpc.ServicerContext) -> Iterator[mesh_pb2.JobStatus]:
+        """Every change of a job."""
+        if (owner := self._owner(request.job, context)) is not None:
+            yield from _passed_on(context, owner, lambda stub: stub.Watch(request))
+            return
+        yield from self._bridge.stream(context, lambda: self._ledger.get(request.job).job.watch())
+
+    def Jobs(self, request: mesh_pb2.JobsRequest, context: grpc.ServicerContext) -> mesh_pb2.JobsReply:
+        """The jobs this peer owns, whole, and those of others as gossip tells of them."""
+
+        async def work() -> mesh_pb2.JobsReply:
+            own = [coordinator.job.status() for coordinator in self._ledger]
+            others = [
+                mesh_pb2.JobStatus(
+                    job=job, owner=owner, model=str(entry.get("model", "")), state=str(entry.get("state", ""))
+                )
+                for job, (owner, entry) in self._elsewhere().items()
+            ]
+            return mesh_pb2.JobsReply(jobs=own + others)
+
+        return self._bridge.call(context, work)
+
+    def Cancel(self, request: mesh_pb2.JobRef, context: grpc.ServicerContext) -> mesh_pb2.JobStatus:
+        """End a job; returns when it has ended."""
+        if (owner := self._owner(request.job, context)) is not None:
+            return next(_passed_on(context, owner, lambda stub: iter([stub.Cancel(request, timeout=CANCEL_S)])))
+
+        async def work() -> mesh_pb2.JobStatus:
+            coordinator = self._ledger.get(request.job)
+            coordinator.cancel()
+            with trio.move_on_after(CANCEL_S):
+                while not coordinator.job.ended:
+                    await coordinator.job.changed()
+            return coordinator.job.status()
+
+        return self._bridge.call(context, work)
+
+    def Generate(
+        self, request: mesh_pb2.GenerateRequest, context: grpc.ServicerContext
+    ) -> Iterator[mesh_pb2.GenerateEvent]:
+        """Serve one request; the end of the call is the end of the request."""
+        if (owner := self._owner(request.job, context)) is not None:
+            yield from _passed_on(context, owner, lambda stub: stub.Generate(request))
+            return
+
+        def source() -> AsyncIterator[mesh_pb2.GenerateEvent]:
+            return self._ledger.get(request.job).generate(request)
+
+        yield from self._bridge.stream(context, source)
+
+    def _document(self, context: grpc.ServicerContext, make: Callable[[], dict[str, Any]]) -> mesh_pb2.Document:
+        async def work() -> mesh_pb2.Document:
+            return mesh_pb2.Document(json=json.dumps(make()))
+
+        return self._bridge.call(context, work)
+
+    def _owner(self, job: str, context: grpc.ServicerContext) -> str | None:
+        """The address of the other peer that owns the job; None where this one does, or nobody is known to."""
+
+        async def work() -> str | None:
+            known = self._elsewhere().get(job)
+            return None if known is None or job in self._ledger else self._view.address(known[0])
+
+        return self._bridge.call(context, work)
+
+
+class PeerServicer(peer_pb2_grpc.PeerServicer):
+    """What the owners of jobs ask."""
+
+    def __init__(self, bridge: Bridge, service: PeerService) -> None:
+        self._bridge = bridge
+        self._service = service
+
+    def Prepare(
+        self, request: peer_pb2.PrepareRequest, context: grpc.ServicerContext
+    ) -> Iterator[peer_pb2.PrepareEvent]:
+        """Load one shard."""
+
+        async def source() -> AsyncIterator[peer_pb2.PrepareEvent]:
+            send, receive = trio.open_memory_channel[tuple[int, int]](1)
+            addresses: dict[str, bytes] = {}
+
+            def progress(done: int, total: int) -> None:
+                try:
+                    send.send_nowait((done, total))
+                except trio.WouldBlock:
+                    pass  # the listener is behind: it needs the latest only, and the last always follows
+
+            async def load() -> None:
+                nonlocal addresses
+                with send:
+                    addresses = await self._service.prepare(request, progress)
+
+            async with _flat_nursery() as nursery:
+                nursery.start_soon(load)
+                async for done, total in receive:
+                    yield peer_pb2.PrepareEvent(loaded_bytes=done, total_bytes=total)
+            yield peer_pb2.PrepareEvent(addresses=addresses)
+
+        yield from self._bridge.stream(context, source)
+
+    def Connect(self, request: peer_pb2.ConnectRequest, context: grpc.ServicerContext) -> peer_pb2.Done:
+        """Open a shard's channels."""
+        return self._done(context, lambda: self._service.connect(request))
+
+    def Start(self, request: peer_pb2.StartRequest, context: grpc.ServicerContext) -> peer_pb2.Done:
+        """Begin or resume a request."""
+        return self._done(context, lambda: self._service.start(request))
+
+    def Stop(self, request: peer_pb2.StopRequest, context: grpc.ServicerContext) -> peer_pb2.Done:
+        """End a request early."""
+        return self._done(context, lambda: self._service.stop(request))
+
+    def Release(self, request: peer_pb2.ReleaseRequest, context: grpc.ServicerContext) -> peer_pb2.Done:
+        """End the job's workers here."""
+        return self._done(context, lambda: self._service.release(request))
+
+    def Ping(self, request: peer_pb2.Done, context: grpc.ServicerContext) -> peer_pb2.Done:
+        """Answer, from the trio loop: a peer whose loop is stuck does not answer."""
+        return self._done(context, lambda: self._service.ping(0))
+
+    def Events(self, request: peer_pb2.EventsRequest, context: grpc.ServicerContext) -> Iterator[peer_pb2.WorkerEvent]:
+        """What the job's workers report; the call is the lease on them."""
+
+        async def source() -> AsyncIterator[peer_pb2.WorkerEvent]:
+            async with self._service.events(request) as events:
+                async for event in events:
+                    yield event
+
+        yield from self._bridge.stream(context, source)
+
+    def _done(self, context: grpc.ServicerContext, work: Callable[[], Any]) -> peer_pb2.Done:
+        self._bridge.call(context, work)
+        return peer_pb2.Done()
+
+
+class _flat_nursery:
+    """A nursery for one task, whose one exception comes out bare instead of in a group."""
+
+    async def __aenter__(self) -> trio.Nursery:
+        self._manager = trio.open_nursery(strict_exception_groups=False)
+        return await self._manager.__aenter__()
+
+    async def __aexit__(self, *details: Any) -> bool | None:
+        return await self._manager.__aexit__(*details)
+
+
+def serve(mesh: MeshServicer, peer: PeerServicer, host: str, port: int) -> grpc.Server:
+    """Start the server on `host:port`. Raises AddressInUse where the port is taken."""
+    server = grpc.server(ThreadPoolExecutor(THREADS, thread_name_prefix="grpc"), options=_OPTIONS)
+    mesh_pb2_grpc.add_MeshServicer_to_server(mesh, server)
+    peer_pb2_grpc.add_PeerServicer_to_server(peer, server)
+    address = join_address(host, port)
+    try:
+        bound = server.add_insecure_port(address)
+    except RuntimeError:
+        bound = 0
+    if not bound:
+        raise AddressInUse(f"listen={address}: the TCP port is taken; stop what listens there or give another --listen")
+    server.start()
+    return server
+
+
+def _constraints(request: mesh_pb2.JobSpec) -> dict[str, Any]:
+    try:
+        document = json.loads(request.constraints_json or "{}")
+    except ValueError:
+        document = None
+    if not isinstance(document, dict):
+        raise RequestError("constraints must be a JSON object")
+    return document
+
+
+def _passed_on(context: grpc.ServicerContext, owner: str, begin: Callable[[Any], Iterator[Any]]) -> Iterator[Any]:
+    """What the owner answers. Its error is passed on as it is; the end of our call ends the call to the owner."""
+    connection = Connection(owner)
+    context.add_callback(connection.close)
+    try:
+        yield from begin(connection.stub)
+    except grpc.RpcError as error:
+        abort(context, connection.error(error, "a job of another peer", CANCEL_S))
+    except ValueError:
+        abort(context, JobNotFound("the caller went away"))
+    finally:
+        connection.close()

@@ -1,0 +1,318 @@
+"""The peer daemon: what `mesh up` runs. Wires the parts together, starts them in order, and stops them in reverse.
+
+    data directory -> devices -> gossip -> workers, jobs -> control (gRPC), HTTP -> join -> ... -> leave
+
+The daemon itself never touches a tensor; workers do, in processes of their own.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from typing import Any
+
+import grpc
+import trio
+
+from mesh.devices.local import LocalDevice, discover
+from mesh.errors import AddressInUse, ConfigError
+from mesh.gossip.shell import GossipConfig, open_gossip
+from mesh.jobs.ledger import Ledger
+from mesh.jobs.model import SubprocessInspector
+from mesh.peer.bridge import Bridge
+from mesh.peer.config import PeerConfig, join_address, split_address
+from mesh.peer.control import MeshServicer, PeerServicer, serve
+from mesh.peer.datadir import DataDir
+from mesh.peer.http import build_app
+from mesh.peer.http import serve as serve_http
+from mesh.peer.metrics import DeviceMemory
+from mesh.peer.service import PeerService
+from mesh.peer.view import MeshView
+from mesh.peer.workers import WorkerPool
+
+logger = logging.getLogger(__name__)
+
+#: A leaving peer lets its own requests finish, and the owners of its workers move away, for up to this long each.
+GRACE_S = 10.0
+#: Announcing the leave: a few datagrams to a few peers.
+LEAVE_S = 1.0
+#: A peer told to join says so when nobody answered for this long; it goes on trying.
+JOIN_COMPLAINT_S = 5.0
+#: Random ports tried until one is free for UDP and for TCP.
+PORT_TRIES = 20
+#: How long calls in progress may go on while the server stops.
+STOP_S = 0.2
+#: What a worker listens on, by the key `transport`, in order of preference.
+BACKENDS = {"auto": ("ucx", "tcp"), "ucx": ("ucx",), "tcp": ("tcp",)}
+
+
+def run(config: PeerConfig) -> None:
+    """Run a peer until SIGTERM or SIGINT. Raises the MeshError that kept it from starting."""
+    os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
+    logging.getLogger("hypercorn").setLevel(logging.WARNING)
+    with DataDir(config.data_dir) as data:
+        trio.run(_guarded, config, data, strict_exception_groups=False)
+
+
+async def _guarded(config: PeerConfig, data: DataDir) -> None:
+    stop = trio.Event()
+    async with trio.open_nursery() as nursery:
+        await nursery.start(_signals, stop)
+        async with open_peer(config, data) as peer:
+            print(f"{config.site} is up at {peer.address}", flush=True)
+            await stop.wait()
+            await peer.leave()
+        nursery.cancel_scope.cancel()
+
+
+async def _signals(stop: trio.Event, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+    """The first signal asks to leave; a second one ends at once, as if nobody were listening."""
+    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+        task_status.started()
+        async for number in received:
+            if stop.is_set():
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            stop.set()
+
+
+class Peer:
+    """A running peer: the parts, and the questions that HTTP and gRPC ask of them."""
+
+    def __init__(
+        self,
+        config: PeerConfig,
+        gossip: Any,
+        ledger: Ledger,
+        view: MeshView,
+        service: PeerService,
+        devices: list[LocalDevice],
+    ) -> None:
+        self._config = config
+        self._gossip = gossip
+        self._ledger = ledger
+        self._view = view
+        self._service = service
+        self._devices = devices
+        self._state = "serving"
+
+    @property
+    def site(self) -> str:
+        """The site's name."""
+        return self._config.site
+
+    @property
+    def address(self) -> str:
+        """`HOST:PORT` of gossip and control."""
+        return str(self._gossip.address)
+
+    async def leave(self) -> None:
+        """Announce the leave, finish what runs, and let the owners of this site's workers move their jobs away."""
+        self._state = "leaving"
+        logger.info("leaving")
+        await self._ledger.close(GRACE_S)
+        await self._gossip.leave(LEAVE_S)
+        with trio.move_on_after(GRACE_S):
+            while self._service.busy:
+                await trio.sleep(0.05)
+
+    def publish_load(self) -> None:
+        """Tell the mesh how much memory is left."""
+        self._gossip.publish("load", self._service.free_bytes())
+
+    def publish_jobs(self) -> None:
+        """Tell the mesh which jobs this peer owns."""
+        self._gossip.publish(
+            "jobs",
+            {
+                coordinator.job.id: {"model": coordinator.job.model, "state": coordinator.job.state}
+                for coordinator in self._ledger
+                if not coordinator.job.ended
+            },
+        )
+
+    def elsewhere(self) -> dict[str, tuple[str, Mapping[str, Any]]]:
+        """Jobs that other peers own: owner and what it says of the job, by job id."""
+        return {
+            str(job): (site, entry)
+            for site, jobs in self._gossip.entries("jobs").items()
+            if site != self.site and self._view.alive(site) and isinstance(jobs, Mapping)
+            for job, entry in jobs.items()
+            if isinstance(entry, Mapping)
+        }
+
+    def status(self) -> dict[str, Any]:
+        """The document of `mesh status`."""
+        rtts = self.rtts_s()
+        regions = {site.name: site.region for site in self._view.snapshot().sites}
+        free = self._service.free_bytes()
+        return {
+            "site": self.site,
+            "address": self.address,
+            "region": self._config.region,
+            "state": self._state,
+            "members": [
+                {
+                    "site": member.site,
+                    "address": member.address,
+                    "region": regions.get(member.site),
+                    "state": str(member.state),
+                    "incarnation": member.incarnation,
+                    "rtt_ms": rtts[member.site] * 1e3 if member.site in rtts else None,
+                }
+                for member in self._gossip.members()
+            ],
+            "devices": [{**asdict(local.device), "free_bytes": free[local.device.name]} for local in self._devices],
+            "jobs": [
+                {
+                    "job": c.job.id,
+                    "model": c.job.model,
+                    "state": c.job.state,
+                    "owner": self.site,
+                    "epoch": c.job.counter,
+                }
+                for c in self._ledger
+            ],
+        }
+
+    def state(self) -> str:
+        """`serving` or `leaving`."""
+        return self._state
+
+    def members(self) -> Mapping[str, str]:
+        """State by site."""
+        return {member.site: str(member.state) for member in self._gossip.members()}
+
+    def jobs(self) -> Mapping[str, str]:
+        """State by job, of the jobs this site owns."""
+        return {coordinator.job.id: coordinator.job.state for coordinator in self._ledger}
+
+    def rtts_s(self) -> Mapping[str, float]:
+        """Least measured round trip by site."""
+        return {site: rtt.min_s for site, rtt in self._gossip.rtts().items()}
+
+    def devices(self) -> Mapping[str, DeviceMemory]:
+        """Memory by device."""
+        free = self._service.free_bytes()
+        return {
+            local.device.name: DeviceMemory(local.device.memory_bytes, free[local.device.name])
+            for local in self._devices
+        }
+
+    def tokens_total(self) -> int:
+        """Tokens of all jobs owned here."""
+        return sum(coordinator.tokens_total for coordinator in self._ledger)
+
+    def recoveries_total(self) -> int:
+        """Recoveries of all jobs owned here."""
+        return sum(coordinator.job.recoveries for coordinator in self._ledger)
+
+    def gossip_dropped_total(self) -> int:
+        """Datagrams that were not gossip."""
+        return int(self._gossip.dropped)
+
+
+@asynccontextmanager
+async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
+    """A running peer for the length of the block. Raises the MeshError that keeps it from starting."""
+    host, port = _free_port(*split_address(config.listen))
+    devices = await discover(config, config.data_dir)
+    gossip_config = GossipConfig(
+        site=config.site,
+        address=join_address(host, port),
+        incarnation=data.next_incarnation(),
+        seeds=config.join,
+        delays={address: rtt_ms / 2000.0 for address, rtt_ms in config.emulate.items()},
+    )
+    async with (
+        open_gossip(gossip_config) as gossip,
+        trio.open_nursery() as nursery,
+        WorkerPool.open(host=host, backends=BACKENDS[config.transport]) as pool,
+    ):
+        peer: Peer
+
+        def delay_s(site: str) -> float:
+            return config.emulate.get(_address_of(gossip, site), 0.0) / 2000.0
+
+        service = PeerService(config.site, pool, devices, delay_s=delay_s, on_load=lambda: peer.publish_load())
+        view = MeshView(config.site, gossip, service)
+        inspector = SubprocessInspector(config.data_dir / "models")
+        ledger = Ledger(config.site, view, inspector, nursery, lambda: peer.publish_jobs())
+        peer = Peer(config, gossip, ledger, view, service, devices)
+        gossip.publish("capabilities", _capabilities(config, devices))
+        peer.publish_load()
+        bridge = Bridge()
+        mesh_servicer = MeshServicer(bridge, ledger, view, peer.status, peer.elsewhere)
+        server = serve(mesh_servicer, PeerServicer(bridge, service), host, port)
+        try:
+            nursery.start_soon(service.run)
+            nursery.start_soon(_watch_members, gossip, ledger)
+            if config.http is not None:
+                logger.info("HTTP at %s", await nursery.start(serve_http, build_app(peer), config.http))
+            if config.join:
+                nursery.start_soon(_complain_if_alone, gossip, config.join)
+            yield peer
+        finally:
+            with trio.CancelScope(shield=True):
+                # gRPC's handlers wait for this loop, so the loop must run on while gRPC stops.
+                await trio.to_thread.run_sync(_stop, server)
+                view.close()
+            nursery.cancel_scope.cancel()
+
+
+def _stop(server: grpc.Server) -> None:
+    server.stop(STOP_S).wait(STOP_S * 5)
+
+
+def _free_port(host: str, port: int) -> tuple[str, int]:
+    """The port to listen on, free for UDP and TCP; 0 picks one. Raises AddressInUse, or ConfigError for a bad host.
+
+    The sockets are closed again before gossip and gRPC take the number; the check is there to fail early and in words.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for _ in range(PORT_TRIES):
+        with socket.socket(family, socket.SOCK_STREAM) as tcp, socket.socket(family, socket.SOCK_DGRAM) as udp:
+            try:
+                tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                tcp.bind((host, port))
+                number = int(tcp.getsockname()[1])
+                udp.bind((host, number))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise ConfigError(f"listen={join_address(host, port)}: {error.strerror or error}") from None
+                if port:
+                    break
+            else:
+                return host, number
+    raise AddressInUse(
+        f"listen={join_address(host, port)}: the port is taken; stop what listens there or give another --listen"
+    )
+
+
+def _capabilities(config: PeerConfig, devices: list[LocalDevice]) -> dict[str, Any]:
+    return {"region": config.region, "devices": [asdict(local.device) for local in devices]}
+
+
+def _address_of(gossip: Any, site: str) -> str:
+    return next((member.address for member in gossip.members() if member.site == site), "")
+
+
+async def _watch_members(gossip: Any, ledger: Ledger) -> None:
+    with gossip.events() as events:
+        async for event in events:
+            if event.kind in ("dead", "left"):
+                for coordinator in ledger:
+                    coordinator.site_left(event.site)
+
+
+async def _complain_if_alone(gossip: Any, seeds: tuple[str, ...]) -> None:
+    if not await gossip.joined(JOIN_COMPLAINT_S):
+        logger.warning("nobody answers at %s yet; still trying", ", ".join(seeds))

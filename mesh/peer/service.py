@@ -1,0 +1,199 @@
+"""What this peer does for the owners of jobs: it keeps their workers, and tells them what those report.
+
+An owner that listens to a job's events holds the lease on its workers here. When nobody listens, because the owner died
+or lost touch, the workers end after `LEASE_S`: no orphan lives on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+
+import msgpack
+import trio
+
+from mesh.devices.local import LocalDevice
+from mesh.errors import MeshError, RequestError, WorkerError
+from mesh.jobs.peers import Progress
+from mesh.peer.workers import WorkerPool
+from mesh.runtime.assignment import Assignment
+from mesh.wire.v1 import peer_pb2
+
+#: How long a job's workers outlive the last listener of its events. A recovery re-attaches within milliseconds.
+LEASE_S = 5.0
+
+Epoch = tuple[int, str]
+
+
+@dataclass
+class Served:
+    """One job as this peer serves it."""
+
+    epoch: Epoch = (0, "")
+    listeners: set[trio.MemorySendChannel[peer_pb2.WorkerEvent]] = field(default_factory=set)
+    orphaned_at: float | None = None
+    reserved_bytes: dict[str, int] = field(default_factory=dict)
+
+
+class PeerService:
+    """The local half of `mesh.jobs.peers.PeerCalls`."""
+
+    def __init__(
+        self,
+        site: str,
+        pool: WorkerPool,
+        devices: Iterable[LocalDevice],
+        *,
+        delay_s: Callable[[str], float],
+        on_load: Callable[[], None],
+    ) -> None:
+        self.site = site
+        self._pool = pool
+        self._devices = {device.device.name: device for device in devices}
+        self._delay_s = delay_s
+        self._on_load = on_load
+        self._jobs: dict[str, Served] = {}
+
+    def free_bytes(self) -> dict[str, int]:
+        """What is left of each device's memory, by device name."""
+        free = {}
+        for name, local in self._devices.items():
+            held = sum(job.reserved_bytes.get(name, 0) for job in self._jobs.values())
+            free[name] = max(0, local.device.free_bytes - held)
+        return free
+
+    @property
+    def busy(self) -> bool:
+        """Whether this peer holds workers for somebody."""
+        return any(job.reserved_bytes for job in self._jobs.values())
+
+    async def prepare(self, request: peer_pb2.PrepareRequest, progress: Progress) -> dict[str, bytes]:
+        """Load one shard on a device of this site. Raises WorkerError where memory is short or the worker fails."""
+        job = self._admit(request.job, request.epoch)
+        local = self._device(request.device)
+        assignment = _assignment(request.assignment)
+        others = sum(
+            held.reserved_bytes.get(request.device, 0) for name, held in self._jobs.items() if name != request.job
+        )
+        room = local.device.free_bytes - others
+        if assignment.memory_bytes > room:
+            raise WorkerError(
+                f"{self.site}/{request.device} has {room / 1e6:.0f} MB left, "
+                f"the shard needs {assignment.memory_bytes / 1e6:.0f} MB"
+            )
+        job.reserved_bytes[request.device] = assignment.memory_bytes
+        self._on_load()
+        own = replace(assignment, device=local.torch_device, threads=local.threads)
+        try:
+            return await self._pool.prepare(own, progress, name=request.device)
+        except MeshError:
+            job.reserved_bytes.pop(request.device, None)
+            self._on_load()
+            raise
+
+    async def connect(self, request: peer_pb2.ConnectRequest) -> None:
+        """Open the channels of one shard to its neighbours, each with the delay that this site emulates towards it."""
+        self._admit(request.job, request.epoch)
+        for neighbour in request.neighbours:
+            neighbour.delay_s = self._delay_s(neighbour.name.split("/")[0])
+        await self._pool.connect(request.job, _epoch(request.epoch), request.device, request.neighbours)
+
+    async def start(self, request: peer_pb2.StartRequest) -> None:
+        """Begin or resume a request."""
+        self._admit(request.job, request.epoch)
+        await self._pool.start(request)
+
+    async def stop(self, request: peer_pb2.StopRequest) -> None:
+        """End a request early."""
+        self._admit(request.job, request.epoch)
+        await self._pool.stop(request.job, _epoch(request.epoch), request.device, request.request)
+
+    async def release(self, request: peer_pb2.ReleaseRequest) -> None:
+        """End the job's workers here, but for those on the devices to keep."""
+        job = self._jobs.get(request.job)
+        if job is None:
+            return
+        self._admit(request.job, request.epoch)
+        await self._end(request.job, job, frozenset(request.keep))
+
+    async def ping(self, timeout_s: float) -> None:
+        """This peer answers itself."""
+        await trio.lowlevel.checkpoint()
+
+    @asynccontextmanager
+    async def events(self, request: peer_pb2.EventsRequest) -> AsyncIterator[AsyncIterator[peer_pb2.WorkerEvent]]:
+        """What the job's workers here report while the block is open; the block is the lease on them."""
+        job = self._admit(request.job, request.epoch)
+        send, receive = trio.open_memory_channel[peer_pb2.WorkerEvent](math.inf)
+        job.listeners.add(send)
+        job.orphaned_at = None
+        try:
+            yield receive
+        finally:
+            job.listeners.discard(send)
+            if not job.listeners:
+                job.orphaned_at = trio.current_time()
+
+    async def run(self) -> None:
+        """Hand on what the workers report, and end the workers of jobs whose lease is over. Runs until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._hand_on)
+            nursery.start_soon(self._end_orphans)
+
+    async def _hand_on(self) -> None:
+        async for event in self._pool.events:
+            job = self._jobs.get(event.job)
+            if job is not None:
+                message = event.message
+                if message.HasField("failure") and message.failure.fatal:
+                    job.reserved_bytes.pop(message.device, None)
+                    self._on_load()
+                for listener in list(job.listeners):
+                    listener.send_nowait(message)
+
+    async def _end_orphans(self) -> None:
+        while True:
+            await trio.sleep(LEASE_S / 5)
+            now = trio.current_time()
+            for name, job in list(self._jobs.items()):
+                for listener in list(job.listeners):
+                    # With no worker up yet nobody else speaks; silence must mean that the peer is gone.
+                    listener.send_nowait(peer_pb2.WorkerEvent(alive=peer_pb2.AliveEvent()))
+                if job.orphaned_at is not None and now - job.orphaned_at > LEASE_S:
+                    await self._end(name, job, frozenset())
+
+    async def _end(self, name: str, job: Served, keep: frozenset[str]) -> None:
+        for device in [device for device in job.reserved_bytes if device not in keep]:
+            await self._pool.release(name, device)
+            job.reserved_bytes.pop(device, None)
+        if not job.reserved_bytes and not job.listeners:
+            self._jobs.pop(name, None)
+        self._on_load()
+
+    def _admit(self, name: str, message: peer_pb2.Epoch) -> Served:
+        """The job's record, if the epoch is not older than one seen before. Raises RequestError where it is."""
+        epoch = _epoch(message)
+        job = self._jobs.setdefault(name, Served(orphaned_at=trio.current_time()))
+        if epoch < job.epoch:
+            raise RequestError(f"job {name}: epoch {epoch[0]} of {epoch[1]} is over, {self.site} obeys {job.epoch[0]}")
+        job.epoch = epoch
+        return job
+
+    def _device(self, name: str) -> LocalDevice:
+        if name not in self._devices:
+            raise RequestError(f"{self.site} has no device {name!r}: it has {', '.join(sorted(self._devices))}")
+        return self._devices[name]
+
+
+def _epoch(message: peer_pb2.Epoch) -> Epoch:
+    return (message.counter, message.owner)
+
+
+def _assignment(packed: bytes) -> Assignment:
+    try:
+        document: Mapping[str, object] = msgpack.unpackb(packed)
+        return Assignment.from_dict(dict(document))
+    except (ValueError, KeyError, TypeError) as error:
+        raise RequestError(f"the assignment is not one: {error}") from None

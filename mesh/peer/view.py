@@ -1,0 +1,135 @@
+"""The mesh as gossip tells it: the snapshot that plans are made from, and the way to every peer.
+
+Nothing here trusts a number because it arrived: an entry that is not what an honest peer publishes is left out, and the
+site with it, until a good one comes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+from mesh.errors import PeerUnreachable
+from mesh.jobs.peers import PeerCalls
+from mesh.peer.calls import RemotePeer
+from topology.snapshot import Device, Link, Site, Snapshot
+
+logger = logging.getLogger(__name__)
+
+#: Bounds of what a peer may say of itself: beyond them lies a mistake or a lie.
+MAX_DEVICES, MAX_BYTES, MAX_SPEED, MAX_RTT_S = 64, 1 << 46, 1e18, 60.0
+#: States of a member whose devices may be planned on; a suspect may yet refute.
+PRESENT = frozenset({"alive", "suspect"})
+
+
+class Gossip(Protocol):
+    """The part of the gossip shell that a view reads."""
+
+    def members(self) -> Any: ...
+    def entries(self, key: str) -> Mapping[str, Any]: ...
+
+
+class MeshView:
+    """One peer's picture of the mesh. `local` are the calls of this peer itself, which need no network."""
+
+    def __init__(self, site: str, gossip: Gossip, local: PeerCalls, dial: Callable[[str], RemotePeer] = RemotePeer):
+        self.site = site
+        self._gossip = gossip
+        self._local = local
+        self._dial = dial
+        self._peers: dict[str, RemotePeer] = {}
+
+    def snapshot(self) -> Snapshot:
+        """Every present site whose capabilities are known, and every measured link between them."""
+        present = {member.site for member in self._gossip.members() if member.state in PRESENT} | {self.site}
+        loads = self._gossip.entries("load")
+        sites = []
+        for name, entry in self._gossip.entries("capabilities").items():
+            if name in present:
+                try:
+                    sites.append(_site(name, entry, loads.get(name, {})))
+                except (KeyError, TypeError, ValueError) as error:
+                    logger.warning("the capabilities that %s publishes are left out: %s", name, error)
+        links = []
+        for source, entry in self._gossip.entries("links").items():
+            if source in present and isinstance(entry, Mapping):
+                links += [link for target in sorted(entry) if (link := _link(source, target, entry[target]))]
+        return Snapshot(tuple(sites), tuple(links))
+
+    def alive(self, site: str) -> bool:
+        """Whether gossip holds the site for present."""
+        return site == self.site or any(
+            member.site == site and member.state in PRESENT for member in self._gossip.members()
+        )
+
+    def address(self, site: str) -> str:
+        """`HOST:PORT` of a site's peer. Raises PeerUnreachable where gossip knows none."""
+        for member in self._gossip.members():
+            if member.site == site:
+                return str(member.address)
+        raise PeerUnreachable(f"no peer of a site named {site} is known here: see `mesh status`")
+
+    def peer(self, site: str) -> PeerCalls:
+        """The calls of a site's peer."""
+        return self._local if site == self.site else self.remote(site)
+
+    def remote(self, site: str) -> RemotePeer:
+        """The connection to another site's peer, opened once."""
+        address = self.address(site)
+        known = self._peers.get(site)
+        if known is None or known.address != address:
+            if known is not None:
+                known.close()
+            known = self._peers[site] = self._dial(address)
+        return known
+
+    def close(self) -> None:
+        """Close every connection."""
+        for peer in self._peers.values():
+            peer.close()
+
+
+def _number(value: Any, high: float) -> float:
+    number = float(value)
+    if not math.isfinite(number) or not 0 <= number <= high:
+        raise ValueError(f"{value!r} is not between 0 and {high:g}")
+    return number
+
+
+def _site(name: str, entry: Mapping[str, Any], load: Mapping[str, Any]) -> Site:
+    devices = entry["devices"]
+    if not isinstance(devices, list) or not 0 < len(devices) <= MAX_DEVICES:
+        raise ValueError(f"a site has 1 to {MAX_DEVICES} devices")
+    free = load if isinstance(load, Mapping) else {}
+    return Site(name, str(entry["region"]), tuple(_device(device, free) for device in devices))
+
+
+def _device(entry: Mapping[str, Any], free: Mapping[str, Any]) -> Device:
+    memory = int(_number(entry["memory_bytes"], MAX_BYTES))
+    name = str(entry["name"])
+    return Device(
+        name=name,
+        kind=str(entry["kind"]),
+        vendor=str(entry["vendor"]),
+        memory_bytes=memory,
+        free_bytes=min(memory, int(_number(free.get(name, entry["free_bytes"]), MAX_BYTES))),
+        flops={str(dtype): _number(speed, MAX_SPEED) for dtype, speed in entry["flops"].items()},
+        memory_bandwidth=_number(entry["memory_bandwidth"], MAX_SPEED),
+        reserve=_number(entry["reserve"], 1.0),
+    )
+
+
+def _link(source: str, target: str, entry: Any) -> Link | None:
+    try:
+        return Link(
+            source,
+            str(target),
+            rtt_s=_number(entry["rtt_s"], MAX_RTT_S),
+            jitter_s=_number(entry.get("jitter_s", 0.0), MAX_RTT_S),
+            loss=_number(entry.get("loss", 0.0), 1.0),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        logger.warning("the link from %s to %s is left out: %s", source, target, error)
+        return None
