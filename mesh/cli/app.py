@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import cast
 
 import typer
 
@@ -14,7 +15,7 @@ from mesh.errors import EXIT_INTERRUPTED, ConfigError
 
 #: The base of all errors in parsing a command line. typer brings its own copy of click, or uses the installed one,
 #: depending on its version; this class is in both.
-_ClickError = typer.BadParameter.__mro__[2]
+_ClickError = cast("type[Exception]", typer.BadParameter.__mro__[2])
 
 
 def application() -> typer.Typer:
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     REPORTER.configure(argv)
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's core writes lines of its own to stderr otherwise
     try:
-        result = application()(argv, standalone_mode=False)
+        result = application()(argv, prog_name="mesh", standalone_mode=False)
     except typer.Exit as stop:
         return stop.exit_code
     except typer.Abort:

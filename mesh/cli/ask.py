@@ -18,7 +18,7 @@ ConstraintsOption = Annotated[
         "--constraint",
         "-c",
         metavar="KEY=VALUE",
-        help="As in min_latency=high, max_token_latency_ms=80, sites=a,b, max_sites=2, dtype=float32; may be repeated.",
+        help="As in min_latency=low, max_token_latency_ms=80, sites=a,b, max_sites=2, dtype=float32; may be repeated.",
     ),
 ]
 

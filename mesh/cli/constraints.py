@@ -22,6 +22,8 @@ def parse(options: list[str]) -> dict[str, Any]:
             result.setdefault(key, []).extend(part.strip() for part in text.split(",") if part.strip())
         elif key in result:
             raise RequestError(f"--constraint: {key} is given twice")
+        elif key == "shards" and "," in text:
+            result[key] = [_number(part.strip()) for part in text.split(",") if part.strip()]
         else:
             result[key] = _number(text)
     return result

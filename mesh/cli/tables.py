@@ -43,8 +43,15 @@ def show_topology(snapshot: Snapshot) -> None:
     table(
         ["site", "region", "device", "memory", "free", "float32", "memory bandwidth"],
         [
-            [site.name, site.region, device.name, mebibytes(device.memory_bytes), mebibytes(device.free_bytes)]
-            + [_flops(device), f"{device.memory_bandwidth / 1e9:.1f} GB/s"]
+            [
+                site.name,
+                site.region,
+                device.name,
+                mebibytes(device.memory_bytes),
+                mebibytes(device.free_bytes),
+                _flops(device),
+                f"{device.memory_bandwidth / 1e9:.1f} GB/s",
+            ]
             for site in snapshot.sites
             for device in site.devices
         ],
@@ -68,9 +75,16 @@ def show_plan(plan: Plan) -> None:
     table(
         ["stage", "layers", "site", "device", "KV heads", "MLP columns", "vocabulary", "memory"],
         [
-            [str(index) if rank == 0 else "", f"{stage.start}..{stage.end - 1}" if rank == 0 else ""]
-            + [shard.site, shard.device, _range(shard.kv_heads), _range(shard.columns), _range(shard.vocabulary)]
-            + [mebibytes(shard.memory_bytes)]
+            [
+                str(index) if rank == 0 else "",
+                _range((stage.start, stage.end)) if rank == 0 else "",
+                shard.site,
+                shard.device,
+                _range(shard.kv_heads),
+                _range(shard.columns),
+                _range(shard.vocabulary),
+                mebibytes(shard.memory_bytes),
+            ]
             for index, stage in enumerate(plan.stages)
             for rank, shard in enumerate(stage.shards)
         ],
@@ -88,8 +102,16 @@ def show_plan(plan: Plan) -> None:
 def show_jobs(jobs: Iterable[JobStatus]) -> None:
     """`mesh jobs`."""
     rows = [
-        [job.id, job.model, job.state, job.owner, str(job.epoch), ", ".join((job.plan_document or {}).get("sites", []))]
-        + [f"{mebibytes(job.loaded_bytes)} of {mebibytes(job.total_bytes)}", job.error]
+        [
+            job.id,
+            job.model,
+            job.state,
+            job.owner,
+            str(job.epoch),
+            ", ".join((job.plan_document or {}).get("sites", [])),
+            f"{mebibytes(job.loaded_bytes)} of {mebibytes(job.total_bytes)}",
+            job.error,
+        ]
         for job in jobs
     ]
     if rows:
@@ -119,8 +141,16 @@ def mebibytes(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
+class _Pipe(Console):
+    """A console that leaves a broken pipe to the command's own handling: rich would end the process with 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich while it handles a BrokenPipeError."""
+        raise BrokenPipeError
+
+
 def _console() -> Console:
-    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
+    return _Pipe(highlight=False, width=None if sys.stdout.isatty() else WIDE)
 
 
 def _flops(device: Device) -> str:

@@ -199,7 +199,7 @@ class Job(Handle):
                     if self._settled(status):
                         return self
         except DeadlineExceeded as error:
-            raise self._unsettled(timeout_s) from error
+            raise self._last.failure or self._unsettled(timeout_s) from error
         raise watch_ended(self.id, self.mesh.address)
 
     async def generate(

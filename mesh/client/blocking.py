@@ -197,7 +197,7 @@ class Job(Handle):
                     if settled:
                         return
         except DeadlineExceeded as error:
-            raise self._unsettled(timeout_s) from error
+            raise self._last.failure or self._unsettled(timeout_s) from error
         raise watch_ended(self.id, self.mesh.address)
 
     def generate(self, prompt: Prompt, *, idle_timeout_s: float = IDLE_S, **options: Unpack[Options]) -> Generation:

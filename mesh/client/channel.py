@@ -42,11 +42,13 @@ class Connection:
 
     def __init__(self, address: str) -> None:
         self.address = address
+        self._closed = False
         self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
         self.stub = mesh_pb2_grpc.MeshStub(self._channel)
 
     def close(self) -> None:
         """Close the channel; calls in progress end. May be called twice."""
+        self._closed = True
         self._channel.close()
 
     def call(self, method: Any, request: Any, what: str, deadline_s: float) -> Any:
@@ -61,8 +63,13 @@ class Connection:
         try:
             return start(request, timeout=timeout)
         except ValueError as error:  # what grpc raises on a closed channel
-            raise MeshError(f"the connection to the peer at {self.address} is closed: connect again") from error
+            raise self._closed_error() from error
 
     def error(self, error: grpc.RpcError, what: str, deadline_s: float, *, begun: bool = False) -> MeshError:
         """The `MeshError` for a failed call on this connection."""
+        if self._closed and isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.CANCELLED:
+            return self._closed_error()
         return from_rpc(error, self.address, what, deadline_s, begun=begun)
+
+    def _closed_error(self) -> MeshError:
+        return MeshError(f"the connection to the peer at {self.address} is closed: connect again")

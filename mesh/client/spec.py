@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,24 +57,11 @@ def constraints_document(constraints: Mapping[str, Any] | Constraints | None) ->
     """The constraints as a JSON object. Raises RequestError where `topology.Constraints` refuses them."""
     if not constraints:
         return {}
-    if is_dataclass(constraints) and not isinstance(constraints, type):
-        given = {field.name: getattr(constraints, field.name) for field in fields(constraints)}
-        plain: Any = type(constraints)
-        return {key: _plain(value) for key, value in given.items() if value != getattr(plain(), key)}
-    if not isinstance(constraints, Mapping):
-        raise RequestError(f"constraints must be a mapping, not a {type(constraints).__name__}")
-    document = {str(key): _plain(value) for key, value in constraints.items()}
     # topology brings networkx: only those who constrain a plan wait for its import.
     from topology.constraints import Constraints
     from topology.errors import ConstraintError
 
     try:
-        Constraints.parse(document)
+        return Constraints.parse(constraints).to_dict()
     except ConstraintError as error:
         raise RequestError(str(error)) from None
-    return document
-
-
-def _plain(value: object) -> object:
-    """JSON has lists where Python has tuples and sets."""
-    return sorted(value) if isinstance(value, (set, frozenset)) else list(value) if isinstance(value, tuple) else value
