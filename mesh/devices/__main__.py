@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -76,5 +78,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _end_with_parent(poll_s: float = 0.5) -> None:
+    """Exit soon after the daemon that asked is gone: it may have been killed, and nobody reads the answer."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(poll_s)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="end-with-parent", daemon=True).start()
+
+
 if __name__ == "__main__":
+    _end_with_parent()
     sys.exit(main())
