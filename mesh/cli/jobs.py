@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Timeout = Annotated[
     float, typer.Option("--timeout", metavar="SECONDS", min=0.001, help="How long to wait until the job is ready.")
 ]
-JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="A job's id, as `mesh jobs` lists it.")]
+JobArgument = Annotated[str, typer.Argument(help="A job's id, as `mesh jobs` lists it.")]
 
 
 def submit(
@@ -55,13 +55,8 @@ def submit(
 
 
 def generate(
-    words: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="JOB|--model MODEL PROMPT",
-            help="A job's id and a prompt; the prompt alone with --model. - is stdin.",
-        ),
-    ],
+    job: Annotated[str, typer.Argument(help="A job's id; with --model the prompt stands here.")],
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue; - is stdin.")] = None,
     *,
     model: Annotated[
         str | None, typer.Option("--model", metavar="MODEL", help="Submit this model for this prompt, then cancel it.")
@@ -87,12 +82,9 @@ def generate(
     from mesh.client.blocking import Mesh
     from mesh.client.options import generate_request
 
-    wanted = 1 if model is not None else 2
-    if len(words) != wanted:
-        expected = "one PROMPT" if model is not None else "JOB and PROMPT, or --model MODEL and PROMPT"
-        raise RequestError(f"generate takes {expected}, not {len(words)} words: quote a prompt that has spaces")
-    text = sys.stdin.read() if words[-1] == "-" else words[-1]
-    prompt: Prompt = [{"role": "user", "content": text}] if chat else text
+    asked = _prompt(job if model is not None else prompt, chat=chat)
+    if model is not None and prompt is not None:
+        raise RequestError("generate takes a PROMPT and either JOB or --model: quote a prompt that has spaces")
     options: Options = {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -102,20 +94,20 @@ def generate(
         "stop": stop or [],
         "ignore_eos": ignore_eos,
     }
-    generate_request("", prompt, options)  # a bad prompt or option is told before a model is loaded for it
+    generate_request("", asked, options)  # a bad prompt or option is told before a model is loaded for it
     with Mesh(peer) as mesh:
         if model is None:
-            _generate(mesh.job(words[0]), prompt, options, json=json)
+            _generate(mesh.job(job), asked, options, json=json)
             return
-        job = mesh.submit(model, strategy, parse(constraint or []))
+        own = mesh.submit(model, strategy, parse(constraint or []))
         try:
-            _load(job, timeout_s)
-            _generate(job, prompt, options, json=json)
+            _load(own, timeout_s)
+            _generate(own, asked, options, json=json)
         finally:
             if not keep:
-                _drop(job)
+                _drop(own)
         if keep:
-            note(f"job {job.id} lives on")
+            note(f"job {own.id} lives on")
 
 
 def jobs(*, peer: Peer = None, json: Json = False, debug: Debug = False) -> None:
@@ -145,6 +137,13 @@ def cancel(job: JobArgument, *, peer: Peer = None, json: Json = False, debug: De
         note(f"job {handle.id} is {handle.last.state}")
 
 
+def _prompt(text: str | None, *, chat: bool) -> Prompt:
+    if text is None:
+        raise RequestError("generate takes JOB and PROMPT, or --model MODEL and PROMPT")
+    text = sys.stdin.read() if text == "-" else text
+    return [{"role": "user", "content": text}] if chat else text
+
+
 def _load(job: Job, timeout_s: float) -> None:
     """Wait until the job is ready, with a progress bar where stderr is a terminal."""
     if not sys.stderr.isatty():
@@ -172,7 +171,7 @@ def _generate(job: Job, prompt: Prompt, options: Options, *, json: bool) -> None
 
 def _summary(generation: Generation, elapsed_s: float) -> str:
     tokens = len(generation.token_ids)
-    rate = generation.timings.get("tokens_per_s")
+    rate = generation.timings.get("decode_tokens_per_s")
     speed = f"{rate:.1f} tokens/s" if isinstance(rate, (int, float)) else f"{elapsed_s:.1f} s"
     seed = f", seed {generation.seed}" if generation.seed else ""
     return f"{tokens} tokens, {speed}, ended by {generation.finish_reason}{seed}"

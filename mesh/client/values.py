@@ -83,7 +83,9 @@ class Chunk:
 class Generation:
     """A continuation. `finish_reason` is "stop" or "length"; "" where the stream was not read to its end.
 
-    `timings` is the peer's account of the request. `seed` repeats it, on this and on any other plan.
+    `timings` is the account of the job's owner: first_token_s, total_s, decode_tokens_per_s, longest_gap_s (a recovery
+    shows here), and compute_s, network_s, waiting_s summed over the workers. `seed` repeats the generation, on this and
+    on any other plan.
     """
 
     text: str

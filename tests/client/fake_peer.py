@@ -126,7 +126,7 @@ class FakePeer(mesh_pb2_grpc.MeshServicer):
             if index == 3 and model == "cut/after3":
                 return
             yield pb.GenerateEvent(text=word, token_ids=[index])
-        yield pb.GenerateEvent(finish_reason="length", timings_json='{"tokens_per_s": 50.0}')
+        yield pb.GenerateEvent(finish_reason="length", timings_json='{"decode_tokens_per_s": 50.0}')
 
     def _until_dropped(self, context: grpc.ServicerContext) -> None:
         dropped = threading.Event()

@@ -29,7 +29,7 @@ def test_submit_wait_generate(peer, client):
     generation = job.generate("The", max_tokens=4, temperature=0.5, seed=9)
     assert generation.text == "The sea is wide" and generation.token_ids == [0, 1, 2, 3]
     assert (generation.finish_reason, generation.prompt_tokens, generation.seed) == ("length", 5, 9)
-    assert generation.timings == {"tokens_per_s": 50.0}
+    assert generation.timings == {"decode_tokens_per_s": 50.0}
     assert peer.submitted[0].strategy == "pipeline" and peer.generated[0].temperature == 0.5
     job.cancel()
     assert job.status == "cancelled"

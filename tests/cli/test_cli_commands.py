@@ -61,7 +61,7 @@ def test_generate_streams_text_to_stdout(run, peer):
     assert list(peer.generated[0].stop) == ["x", "y"]
     document = json.loads(run("generate", "job-1", "The", "--json", "--temperature", "1", "--seed", "5")[1])
     assert document["job"] == "job-1" and document["text"] == "The sea is wide and old." and document["seed"] == 5
-    assert document["token_ids"] == [0, 1, 2, 3, 4, 5, 6] and document["timings"] == {"tokens_per_s": 50.0}
+    assert document["token_ids"] == [0, 1, 2, 3, 4, 5, 6] and document["timings"] == {"decode_tokens_per_s": 50.0}
 
 
 def test_generate_reads_stdin_and_speaks_chat(run, peer, monkeypatch):
@@ -108,7 +108,7 @@ def test_peer_option_wins_over_the_environment(run):
         (["plan", "m", "-c", "max_sites"], 3, "is not KEY=VALUE"),
         (["plan", "m", "-c", "max_sites=1", "-c", "max_sites=2"], 3, "given twice"),
         (["generate", "job-1"], 3, "JOB and PROMPT"),
-        (["generate", "--model", "m", "two", "words"], 3, "one PROMPT"),
+        (["generate", "--model", "m", "two", "words"], 3, "either JOB or --model"),
         (["generate", "--model", "m", ""], 3, "the prompt is empty"),
         (["generate", "job-1", "x", "--temperature", "-1"], 3, "temperature"),
         (["submit", "no/model"], 5, "no model 'no/model'"),

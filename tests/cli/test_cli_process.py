@@ -66,7 +66,7 @@ def test_a_closed_pipe_is_quiet(peer):
 
 
 def test_demo_hands_its_arguments_to_the_entry_point(monkeypatch, capsys):
-    point = EntryPoint("demo", "test_process:fake_demo", "isthmus.commands")
+    point = EntryPoint("demo", f"{__name__}:fake_demo", "isthmus.commands")
     monkeypatch.setattr("mesh.cli.demo.entry_points", lambda **_: EntryPoints([point]))
     assert main(["demo", "--json", "out.json", "--seed", "3", "--help"]) == 3
     assert capsys.readouterr().out == "['--json', 'out.json', '--seed', '3', '--help']\n"
