@@ -20,14 +20,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import mesh
+from mesh.errors import MeshError
+
 #: A peer that was asked to leave gets this long before its group is killed.
 LEAVE_TIMEOUT_S = 8.0
+#: How often a drill asks a peer for its picture: the answer costs the peer a few milliseconds.
+POLL_S = 0.2
 
 #: The command line of a peer, in the interpreter that runs the drill.
 MESH = (sys.executable, "-c", "import sys; from mesh.cli import main; sys.exit(main())")
@@ -46,8 +51,10 @@ for group in groups:
 """
 
 
-class DrillError(Exception):
+class DrillError(MeshError):
     """A drill cannot go on: a peer died or did not come up. One line, with the last words of the peer's log."""
+
+    code = "drill"
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +243,37 @@ class Fleet:
     def _last_words(self, site: str) -> str:
         lines = [line for line in self.log(site).splitlines() if line.strip()]
         return f": {lines[-1].strip()}" if lines else ""
+
+
+def wait_converged(fleet: Fleet, site: str, timeout_s: float) -> mesh.Snapshot:
+    """The snapshot of `site`'s peer once it holds every site of the fleet with a device, and every link as measured.
+
+    Raises DrillError when a daemon ends meanwhile, or when the picture is not complete in time; says what is missing.
+    """
+    deadline = time.monotonic() + timeout_s
+    missing = f"an answer from {site}"
+    with mesh.Mesh(fleet.address(site)) as client:
+        while time.monotonic() < deadline:
+            fleet.check()
+            try:
+                snapshot = client.topology()
+            except (mesh.PeerUnreachable, mesh.DeadlineExceeded):
+                time.sleep(POLL_S)
+                continue
+            missing = _missing(snapshot, fleet.sites)
+            if not missing:
+                return snapshot
+            time.sleep(POLL_S)
+    raise DrillError(f"the sites did not find each other within {timeout_s:g} s: missing {missing}")
+
+
+def _missing(snapshot: mesh.Snapshot, sites: Iterable[str]) -> str:
+    names = sorted(sites)
+    ready = {site.name for site in snapshot.sites if site.devices}
+    measured = {(link.source, link.target) for link in snapshot.links if link.measured and link.reachable}
+    absent = [name for name in names if name not in ready]
+    absent += [f"{a} -> {b}" for a in names for b in names if a != b and (a, b) not in measured]
+    return ", ".join(absent)
 
 
 def free_ports(count: int) -> list[int]:
