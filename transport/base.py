@@ -17,6 +17,12 @@ from typing import Protocol, runtime_checkable
 #: Anything that exposes contiguous bytes: bytes, bytearray, memoryview, a numpy array, a CPU tensor's numpy view.
 Buffer = bytes | bytearray | memoryview
 
+#: The longest first message an accepted pipe takes before `Pipe.trust`: room for a hello, none for an attack.
+FIRST_MESSAGE_BYTES = 4096
+
+#: The longest message at all. A length above it is a broken or hostile neighbour, not a tensor.
+MAX_MESSAGE_BYTES = 1 << 30
+
 
 class TransportError(Exception):
     """The base of everything this package raises. One line: what is wrong, with whom, and what to do."""
@@ -63,7 +69,17 @@ class Pipe(Protocol):
         ...
 
     def take(self) -> memoryview | None:
-        """The next whole message that arrived, or None. Raises ChannelClosed or ChannelBroken once drained and ended."""
+        """The next whole message that arrived, or None.
+
+        Raises ChannelClosed or ChannelBroken once the pipe has ended and what arrived before is taken.
+        """
+        ...
+
+    def trust(self) -> None:
+        """Lift the limits of a stranger. Until then an accepted pipe gives one message of `FIRST_MESSAGE_BYTES` at most
+        and reads no further, so that somebody without the key costs a bounded amount of memory. Pipes from `connect`
+        are trusted from the start.
+        """
         ...
 
     @property
@@ -120,6 +136,10 @@ class Fabric(Protocol):
 
     def wake(self) -> None:
         """Make a `wait` in another thread return now. The only method that another thread may call."""
+        ...
+
+    def take_wake(self) -> bool:
+        """Consume a `wake`. True if there was one since the last time."""
         ...
 
     def fileno(self) -> int:

@@ -1,0 +1,335 @@
+"""A channel: named messages to and from one neighbour, over one pipe, sealed, in order, with a deadline on every wait.
+
+The step loop of a worker drives it synchronously. Nothing here blocks except `receive`, and that spins first: see
+`transport.waiting`. Kinds below 128 are ordinary messages; kinds 128 to 199 are lanes, given only to who asks for the
+kind, so that a collective and an activation on one channel do not steal each other's messages.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+from transport.base import (
+    Buffer,
+    ChannelBroken,
+    ChannelClosed,
+    DeadlineExceeded,
+    Fabric,
+    FrameError,
+    Pipe,
+    Ticket,
+    TransportError,
+)
+from transport.emulate import DelayLine
+from transport.frames import FIRST_INTERNAL_KIND, FIRST_LANE_KIND, GOODBYE, HEARTBEAT, FrameReader, FrameWriter
+from transport.handshake import RANDOM_BYTES, read_welcome, write_hello
+from transport.tickets import again, flat
+
+Clock = Callable[[], int]
+Entropy = Callable[[int], bytes]
+
+#: Heartbeats in one interval of tolerated silence: one may be late, one may be lost in a busy neighbour.
+_BEATS = 3
+
+
+class Message(NamedTuple):
+    """What a neighbour sent. `payload` belongs to the receiver; it stays valid as long as it is held."""
+
+    kind: int
+    meta: bytes
+    payload: memoryview
+
+
+class Channel:
+    """One end of a channel. Not thread safe: the thread that drives the fabric uses it.
+
+    Made by `connect_channel` and `Acceptor.poll`. Methods raise ChannelClosed after a goodbye from either end and
+    ChannelBroken after anything worse; messages that arrived before are delivered first.
+    """
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        pipe: Pipe,
+        writer: FrameWriter,
+        reader: FrameReader | Callable[[memoryview], FrameReader],
+        *,
+        name: str,
+        delay_s: float = 0.0,
+        silence_s: float | None = None,
+        sealed: bool = False,
+        clock: Clock = time.monotonic_ns,
+    ) -> None:
+        self.fabric = fabric
+        self.name = name
+        self._pipe = pipe
+        self._writer = writer
+        self._reader = reader if isinstance(reader, FrameReader) else None
+        self._welcome = None if isinstance(reader, FrameReader) else reader
+        self._line: DelayLine[Message] | None = DelayLine(delay_s) if delay_s > 0 else None
+        self._stash: deque[Message] = deque()
+        self._sealed = sealed
+        self._goodbye = False
+        self._ended: TransportError | None = None
+        self._clock = clock
+        self._silence_ns = None if silence_s is None else round(silence_s * 1e9)
+        self._heard_ns = self._beat_ns = self._listened_ns = clock()
+
+    # -- sending
+
+    def send(self, meta: bytes, payload: Buffer = b"", *, kind: int = 0) -> Ticket:
+        """Queue one message; never blocks. `payload` must not change until the ticket is done.
+
+        kind: 0 to 199. Raises ChannelClosed, ChannelBroken, or ValueError for a message that is too long.
+        """
+        if self._ended is not None:
+            raise again(self._ended)
+        if kind >= FIRST_INTERNAL_KIND:
+            raise ValueError(f"kind {kind} belongs to the channel itself; use 0 to {FIRST_INTERNAL_KIND - 1}")
+        return self._send(kind, meta, payload)
+
+    def _send(self, kind: int, meta: bytes, payload: Buffer) -> Ticket:
+        now_ns = self._clock()
+        self._beat_ns = now_ns
+        try:
+            return self._pipe.send(self._writer.write(kind, meta, payload, now_ns))
+        except TransportError as error:
+            raise type(error)(f"{self.name}: {error}") from None
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes sent that have not left yet. Send less, or wait, while this grows."""
+        return self._pipe.pending_bytes
+
+    @property
+    def established(self) -> bool:
+        """True once the neighbour answered the hello (always true at the accepting end)."""
+        return self._reader is not None
+
+    # -- receiving
+
+    def poll(self, kind: int | None = None) -> Message | None:
+        """The next message without blocking, or None. kind: None for ordinary messages (0 to 127), or one lane."""
+        if self._stash:
+            found = self._unstash(kind)
+            if found is not None:
+                return found
+        self.fabric.progress()
+        while True:
+            message = self._next()
+            if message is None:
+                return None
+            if message.kind == kind or (kind is None and message.kind < FIRST_LANE_KIND):
+                return message
+            self._stash.append(message)
+
+    def check(self) -> None:
+        """Notice the end of the channel without taking a message: what a sender that waits calls.
+
+        Raises ChannelClosed or ChannelBroken. Messages that arrive meanwhile are kept for `poll`.
+        """
+        message = self._next()
+        if message is not None:
+            self._stash.append(message)
+
+    def receive(self, timeout_s: float, kind: int | None = None) -> Message:
+        """Wait for the next message: spin, then sleep.
+
+        Raises DeadlineExceeded after `timeout_s`; the channel lives on.
+        """
+        message = self.poll(kind)
+        if message is not None:
+            return message
+        deadline_ns = time.monotonic_ns() + round(timeout_s * 1e9)
+        while True:
+            left_s = (deadline_ns - time.monotonic_ns()) / 1e9
+            if left_s <= 0:
+                raise DeadlineExceeded(f"{self.name}: nothing arrived within {timeout_s:g} s; it is overloaded or gone")
+            due_s = self.due_s
+            self.fabric.wait(left_s if due_s is None else min(left_s, due_s))
+            message = self.poll(kind)
+            if message is not None:
+                return message
+
+    def receive_into(self, buffer: memoryview, timeout_s: float) -> bytes:
+        """Wait for the next message, put its payload into `buffer`, give its metadata.
+
+        Raises FrameError when the payload's size is not the buffer's; the channel is then aborted.
+        """
+        message = self.receive(timeout_s)
+        target = flat(buffer)
+        if message.payload.nbytes != target.nbytes:
+            self.abort()
+            raise FrameError(f"{self.name}: sent {message.payload.nbytes} bytes where {target.nbytes} were due")
+        target[:] = message.payload
+        return message.meta
+
+    @property
+    def due_s(self) -> float | None:
+        """Seconds until `poll` has something to do although nothing arrives: a held message, a heartbeat. Or None."""
+        due_ns = self._line.due_ns if self._line is not None else None
+        if self._silence_ns is not None and self._ended is None:
+            beat_ns = min(self._beat_ns + self._silence_ns // _BEATS, self._heard_ns + self._silence_ns)
+            due_ns = beat_ns if due_ns is None else min(due_ns, beat_ns)
+        return None if due_ns is None else max(0.0, (due_ns - self._clock()) / 1e9)
+
+    def _unstash(self, kind: int | None) -> Message | None:
+        for index, message in enumerate(self._stash):
+            if message.kind == kind or (kind is None and message.kind < FIRST_LANE_KIND):
+                del self._stash[index]
+                return message
+        return None
+
+    def _next(self) -> Message | None:
+        line = self._line
+        if line is None:
+            return self._pull()
+        now_ns = self._clock()
+        # The line is filled first, so that messages start to count when they arrive, then emptied of what is due.
+        ended: TransportError | None = None
+        try:
+            while self._pull() is not None:
+                pass
+        except TransportError as error:
+            ended = error
+        message = line.take(now_ns)
+        if message is None and ended is not None and not len(line):
+            raise ended
+        return message
+
+    def _pull(self) -> Message | None:
+        """The next message of the pipe. With a delay line it goes there, and what is returned says only that it was."""
+        while True:
+            if self._ended is not None:
+                raise again(self._ended)
+            try:
+                data = self._pipe.take()
+            except TransportError as error:
+                self._ended = self._named(error)
+                continue
+            if data is None:
+                if self._silence_ns is not None:
+                    self._beat()
+                return None
+            try:
+                if self._reader is None:
+                    assert self._welcome is not None
+                    self._reader, self._welcome = self._welcome(data), None
+                    continue
+                frame = self._reader.read(data)
+            except FrameError as error:
+                self._pipe.abort()
+                self._ended = ChannelBroken(f"{self.name}: {error}")
+                raise again(self._ended) from None
+            if self._silence_ns is not None:
+                self._heard_ns = self._clock()
+            if frame.kind == HEARTBEAT:
+                continue
+            if frame.kind == GOODBYE:
+                self._goodbye = True
+                continue
+            if frame.kind >= FIRST_INTERNAL_KIND:
+                self._pipe.abort()
+                self._ended = ChannelBroken(f"{self.name}: sent a frame of unknown kind {frame.kind}")
+                raise again(self._ended)
+            message = Message(frame.kind, frame.meta, frame.payload)
+            if self._line is not None:
+                self._line.put(message, frame.stamp_ns, self._clock())
+            return message
+
+    def _beat(self) -> None:
+        """Called when the pipe is empty: send a heartbeat if one is due, and judge the neighbour's silence."""
+        assert self._silence_ns is not None
+        now_ns = self._clock()
+        if now_ns - self._listened_ns > self._silence_ns // 2:
+            self._heard_ns = now_ns  # this end was busy elsewhere: that was not the neighbour's silence
+        self._listened_ns = now_ns
+        if now_ns - self._heard_ns > self._silence_ns:
+            self._pipe.abort()
+            self._ended = ChannelBroken(f"{self.name}: silent for more than {self._silence_ns / 1e9:g} s")
+            raise again(self._ended)
+        if now_ns - self._beat_ns >= self._silence_ns // _BEATS:
+            self._send(HEARTBEAT, b"", b"")
+
+    # -- the end
+
+    def close(self) -> None:
+        """Say goodbye behind what was sent, without waiting. Idempotent."""
+        if self._ended is None:
+            try:
+                self._send(GOODBYE, b"", b"")
+            except TransportError:
+                pass  # it is gone: nobody to say goodbye to
+            if self._ended is None:
+                self._ended = ChannelClosed(f"{self.name}: closed at this end")
+        self._drop()
+        self._pipe.close()
+
+    def abort(self) -> None:
+        """Drop everything; the neighbour sees ChannelBroken. Idempotent."""
+        if self._ended is None:
+            self._ended = ChannelBroken(f"{self.name}: aborted at this end")
+        self._drop()
+        self._pipe.abort()
+
+    def _drop(self) -> None:
+        self._stash.clear()
+        if self._line is not None:
+            self._line = DelayLine(self._line.delay_ns / 1e9)
+
+    def _named(self, error: TransportError) -> TransportError:
+        """The pipe's error under the neighbour's name. A sealed channel believes only a sealed goodbye."""
+        kind = type(error)
+        reason = str(error)
+        if kind is ChannelClosed and self._sealed and not self._goodbye:
+            kind, reason = ChannelBroken, f"ended without a sealed goodbye ({error})"
+        if not self.established and kind is ChannelBroken:
+            reason += "; it never answered the hello"
+        return kind(f"{self.name}: {reason}")
+
+
+def connect_channel(
+    fabric: Fabric,
+    address: bytes,
+    *,
+    name: str,
+    key: bytes | None,
+    hello: bytes,
+    delay_s: float = 0.0,
+    silence_s: float | None = None,
+    clock: Clock = time.monotonic_ns,
+    entropy: Entropy = os.urandom,
+) -> Channel:
+    """Begin a channel to an Acceptor that expects `hello`. Returns at once; messages may be sent right away.
+
+    name: the neighbour's, for errors. key: 32 bytes shared with the acceptor, or None for an unsealed channel.
+    hello: names the channel, at most MAX_HELLO_BYTES, readable by anybody on the way. delay_s: emulated one-way delay
+    of what arrives here. silence_s: break the channel when a neighbour that also has it set stays silent for longer
+    while this end polls; None (off) where a neighbour may compute for long. Raises AddressError for a bad address.
+    """
+    random = entropy(RANDOM_BYTES)
+    message, keys = write_hello(hello, key, random)
+    try:
+        pipe = fabric.connect(address)
+        pipe.send((message,))
+    except TransportError as error:
+        raise type(error)(f"{name}: {error}") from None
+
+    def welcomed(data: memoryview) -> FrameReader:
+        return FrameReader(read_welcome(data, hello, key, random).seal)
+
+    return Channel(
+        fabric,
+        pipe,
+        FrameWriter(keys.seal),
+        welcomed,
+        name=name,
+        delay_s=delay_s,
+        silence_s=silence_s,
+        sealed=key is not None,
+        clock=clock,
+    )

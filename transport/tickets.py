@@ -1,0 +1,42 @@
+"""The tickets that backends hand out, and the size of a message given in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transport.base import Buffer, TransportError
+
+
+class Done:
+    """A ticket of a message whose buffers were copied or have left already."""
+
+    __slots__ = ()
+    done = True
+
+
+DONE = Done()
+
+
+class Pending:
+    """A ticket that the backend completes."""
+
+    __slots__ = ("done",)
+
+    def __init__(self) -> None:
+        self.done = False
+
+
+def size_bytes(parts: Sequence[Buffer]) -> int:
+    """The length of a message: memoryviews may have items wider than a byte, so `len` will not do."""
+    return sum(part.nbytes if isinstance(part, memoryview) else len(part) for part in parts)
+
+
+def flat(part: Buffer) -> memoryview:
+    """The part as a contiguous view of bytes. Raises TypeError when it is not contiguous."""
+    view = memoryview(part)
+    return view if view.ndim == 1 and view.format == "B" else view.cast("B")
+
+
+def again(error: TransportError) -> TransportError:
+    """A fresh copy of a stored error: raising the same one twice would grow its traceback and keep frames alive."""
+    return type(error)(*error.args)
