@@ -108,6 +108,5 @@ class WorkerError(MeshError):
 #: Exit code of a command that Ctrl-C ended: 128 + SIGINT, as shells expect.
 EXIT_INTERRUPTED = 130
 
-BY_CODE: dict[str, type[MeshError]] = {
-    cls.code: cls for cls in (MeshError, *MeshError.__subclasses__())
-}
+_CLASSES: tuple[type[MeshError], ...] = (MeshError, *MeshError.__subclasses__())
+BY_CODE: dict[str, type[MeshError]] = {cls.code: cls for cls in _CLASSES}

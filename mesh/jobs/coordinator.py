@@ -9,7 +9,7 @@ do harm. Live requests wait through a recovery and start again with the tokens t
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 import trio
@@ -263,7 +263,7 @@ class Coordinator:
                 for site in set(former.sites) - set(self._lost):
                     nursery.start_soon(one, site)
 
-    async def generate(self, message: mesh_pb2.GenerateRequest) -> AsyncIterator[mesh_pb2.GenerateEvent]:
+    async def generate(self, message: mesh_pb2.GenerateRequest) -> AsyncGenerator[mesh_pb2.GenerateEvent, None]:
         """Serve one request: events until the last, which carries the finish reason and the timings.
 
         Raises RequestError for a request that cannot be served, and the job's error if the job ends meanwhile.
@@ -315,7 +315,7 @@ class Coordinator:
             await request.arrived()
 
     async def _start(self, request: Request) -> None:
-        """Start, or start again, at the lead of the first stage. A failure there is a suspicion, not the request's end."""
+        """Start, or start again, at the lead of the first stage. A failure there is a suspicion, not an end."""
         assert self.job.plan is not None
         lead = self.job.plan.stages[0].lead
         request.progress_at = trio.current_time()

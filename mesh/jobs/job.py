@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
 import trio
@@ -70,7 +70,7 @@ class Job:
             error = self.error or JobFailed(f"job {self.id} failed")
             raise type(error)(str(error))
 
-    async def watch(self) -> AsyncIterator[mesh_pb2.JobStatus]:
+    async def watch(self) -> AsyncGenerator[mesh_pb2.JobStatus, None]:
         """The present status, then every new one; ends when the job has ended."""
         last = None
         while True:

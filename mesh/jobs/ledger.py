@@ -13,7 +13,7 @@ from mesh.jobs.coordinator import Coordinator
 from mesh.jobs.job import Job
 from mesh.jobs.model import Inspector
 from mesh.jobs.peers import View
-from topology import Constraints, ConstraintError, Plan, TopologyError
+from topology import ConstraintError, Constraints, Plan, TopologyError
 
 STRATEGIES = ("auto", "tensor_parallelism", "pipeline")
 #: Ended jobs that are kept for `mesh jobs` to show why they ended.

@@ -1,4 +1,4 @@
-"""What the owner of a job asks of the peers that serve it, wherever they are: the same calls for itself and for others."""
+"""What the owner of a job asks of the peers that serve it: the same calls for itself and for others."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """One generation: what was asked, what has been generated, and the text that is safe to show.
 
-A request outlives the plan it started on. After a loss it starts again under the new epoch with its prompt and the
-tokens it has; because the random number of token i depends on (seed, i) alone, the stream goes on as if nothing happened.
+A request outlives the plan it started on. After a loss it starts again under the new epoch with its prompt and its
+tokens so far; because the random number of token i depends on (seed, i) alone, the stream goes on as if nothing
+had happened.
 """
 
 from __future__ import annotations

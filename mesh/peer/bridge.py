@@ -1,4 +1,4 @@
-"""Where gRPC's threads meet trio: a handler thread runs its work as a trio task, and the end of a call ends that task.
+"""Where gRPC's threads meet trio: a handler thread runs its work as a trio task; the end of a call ends that task.
 
 The server side uses grpcio's thread pool; `grpc.aio` does not run under trio. Work handed to trio with a token runs as a
 system task, which the RPC's own cancellation does not reach, so each call carries a cancel scope that its end cancels.
@@ -6,7 +6,9 @@ system task, which the RPC's own cancellation does not reach, so each call carri
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 import grpc
@@ -17,6 +19,7 @@ from mesh.errors import JobCancelled, MeshError, PeerUnreachable
 from mesh.wire.errors import abort
 
 Reply = TypeVar("Reply")
+logger = logging.getLogger(__name__)
 
 #: Items that wait between a stream's task and its handler thread; beyond it the task waits (back-pressure).
 STREAM_BUFFER = 64
@@ -44,26 +47,30 @@ class Bridge:
             return trio.from_thread.run(run, trio_token=self._token)
         except MeshError as error:
             abort(context, error)
-        except trio.RunFinishedError:
+        except (trio.RunFinishedError, trio.Cancelled):
             abort(context, PeerUnreachable("this peer is stopping"))
         raise AssertionError("abort returned")
 
-    def stream(self, context: grpc.ServicerContext, source: Callable[[], AsyncIterator[Reply]]) -> Iterator[Reply]:
+    def stream(
+        self, context: grpc.ServicerContext, source: Callable[[], AsyncGenerator[Reply, None]]
+    ) -> Iterator[Reply]:
         """Yield what the async iterator of `source` gives; the call's end closes the iterator."""
         scope = trio.CancelScope()
         send, receive = trio.open_memory_channel[Any](STREAM_BUFFER)
 
         async def pump() -> None:
-            iterator = source()
+            # Nothing may escape: an exception in a system task would bring the whole daemon down.
             async with send:
                 with scope:
                     try:
-                        async for item in iterator:
-                            await send.send(item)
+                        async with aclosing(source()) as items:
+                            async for item in items:
+                                await send.send(item)
                     except MeshError as error:
                         await send.send(error)
-                    finally:
-                        await iterator.aclose()  # type: ignore[attr-defined]
+                    except Exception as error:
+                        logger.exception("a stream failed")
+                        await send.send(MeshError(f"the peer failed: {type(error).__name__}: {error}"))
 
         def start() -> None:
             trio.lowlevel.spawn_system_task(pump)
@@ -79,7 +86,7 @@ class Bridge:
                 yield item
         except trio.EndOfChannel:
             return
-        except trio.RunFinishedError:
+        except (trio.RunFinishedError, trio.Cancelled):
             abort(context, PeerUnreachable("this peer is stopping"))
         finally:
             self._cancel(scope)

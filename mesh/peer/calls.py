@@ -8,7 +8,6 @@ from typing import TypeVar
 
 import grpc
 
-
 from mesh.client.bridge import Messages, unary
 from mesh.client.channel import Connection
 from mesh.errors import PeerUnreachable

@@ -6,7 +6,7 @@ A request about a job that another peer owns is passed on to that peer, so that 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -121,7 +121,7 @@ class MeshServicer(mesh_pb2_grpc.MeshServicer):
             yield from _passed_on(context, owner, lambda stub: stub.Generate(request))
             return
 
-        def source() -> AsyncIterator[mesh_pb2.GenerateEvent]:
+        def source() -> AsyncGenerator[mesh_pb2.GenerateEvent, None]:
             return self._ledger.get(request.job).generate(request)
 
         yield from self._bridge.stream(context, source)
@@ -154,7 +154,7 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
     ) -> Iterator[peer_pb2.PrepareEvent]:
         """Load one shard."""
 
-        async def source() -> AsyncIterator[peer_pb2.PrepareEvent]:
+        async def source() -> AsyncGenerator[peer_pb2.PrepareEvent, None]:
             send, receive = trio.open_memory_channel[tuple[int, int]](1)
             addresses: dict[str, bytes] = {}
 
@@ -200,7 +200,7 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
     def Events(self, request: peer_pb2.EventsRequest, context: grpc.ServicerContext) -> Iterator[peer_pb2.WorkerEvent]:
         """What the job's workers report; the call is the lease on them."""
 
-        async def source() -> AsyncIterator[peer_pb2.WorkerEvent]:
+        async def source() -> AsyncGenerator[peer_pb2.WorkerEvent, None]:
             async with self._service.events(request) as events:
                 async for event in events:
                     yield event

@@ -34,7 +34,9 @@ class Gossip(Protocol):
 class MeshView:
     """One peer's picture of the mesh. `local` are the calls of this peer itself, which need no network."""
 
-    def __init__(self, site: str, gossip: Gossip, local: PeerCalls, dial: Callable[[str], RemotePeer] = RemotePeer):
+    def __init__(
+        self, site: str, gossip: Gossip, local: PeerCalls, dial: Callable[[str], RemotePeer] = RemotePeer
+    ) -> None:
         self.site = site
         self._gossip = gossip
         self._local = local

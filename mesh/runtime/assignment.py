@@ -56,8 +56,9 @@ class Assignment:
     @classmethod
     def from_dict(cls, document: dict[str, Any]) -> Assignment:
         """Rebuild an assignment; lists become tuples again."""
-        values = {f.name: document[f.name] for f in fields(cls)}
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        values: dict[str, Any] = {f.name: document[f.name] for f in fields(cls)}
+        values |= {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
+        return cls(**values)
 
 
 def assignments(
