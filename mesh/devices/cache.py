@@ -1,7 +1,8 @@
 """Measured speeds kept in the data directory, so that only a first start takes the time to measure.
 
 A file that cannot be read, or holds anything but speeds within bounds, counts as empty and is written anew. A disk that
-cannot take the file costs a measurement at the next start and nothing else.
+cannot take the file costs a measurement at the next start and nothing else. Peers that start together on one machine
+measure one after the other, and the later ones take what the first has just measured: see `undisturbed`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import fcntl
 import json
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,6 +56,13 @@ class SpeedCache:
             return False
         return True
 
+    def age_s(self, now_s: float) -> float:
+        """Seconds since the file was written, infinite where there is none. `now_s` is the wall clock."""
+        try:
+            return now_s - self.path.stat().st_mtime
+        except OSError:
+            return math.inf
+
     def _read(self) -> dict[str, Speed]:
         try:
             document = json.loads(self.path.read_bytes())
@@ -87,19 +94,18 @@ def _sane(figure: Any) -> bool:
 
 @contextlib.contextmanager
 def undisturbed(
+    path: Path,
     timeout_s: float,
     *,
-    path: Path | None = None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[bool]:
-    """Hold the right to measure on this machine, so that peers that start together do not measure each other.
+    """Hold the right to measure on this machine, by a lock on `path`, so that peers do not measure each other.
 
     Gives True when held; False after `timeout_s`, or where there is nowhere to keep the lock: then measure anyway.
     """
-    user = os.getuid() if hasattr(os, "getuid") else 0
-    path = path or Path(tempfile.gettempdir()) / f"isthmus-calibration-{user}.lock"
     try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError:
         yield False

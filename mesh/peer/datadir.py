@@ -36,6 +36,9 @@ def write_atomically(path: Path, content: bytes) -> None:
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the rename itself must reach the disk
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network file systems cannot do this for a folder
+            raise
     finally:
         os.close(folder)
 

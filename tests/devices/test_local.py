@@ -88,12 +88,16 @@ def test_the_command_measures_once_and_remembers(
 
     monkeypatch.setattr(command, "calibrate", calibrate)
     monkeypatch.setattr(command, "_load_torch", lambda: None)
+    monkeypatch.setattr(command.platformdirs, "user_cache_path", lambda *names, **options: tmp_path / "shared")
     arguments = ["--cache", str(tmp_path), "--device", "cpu,threads=1", "--device", "cpu,threads=2"]
     for _ in range(2):
         assert command.main(arguments) == 0
         (line,) = capsys.readouterr().out.splitlines()
         assert [LocalDevice.from_dict(entry).device.flops["float32"] for entry in json.loads(line)] == [1e11, 2e11]
     assert measured == [1, 2]
+    assert command.main(["--cache", str(tmp_path / "another peer"), *arguments[2:]]) == 0
+    assert measured == [1, 2]
+    capsys.readouterr()
     for _ in range(2):  # measured on a busy machine: used, and measured again
         assert command.main(["--cache", str(tmp_path), "--device", "cpu,threads=3"]) == 0
     assert measured == [1, 2, 3, 3]

@@ -70,17 +70,17 @@ def test_measuring_waits_for_others_and_no_longer_than_told(tmp_path: Path) -> N
 
     lock = tmp_path / "lock"
     with (
-        undisturbed(1.0, path=lock, clock=lambda: now, sleep=sleep) as first,
-        undisturbed(1.0, path=lock, clock=lambda: now, sleep=sleep) as second,
+        undisturbed(lock, 1.0, clock=lambda: now, sleep=sleep) as first,
+        undisturbed(lock, 1.0, clock=lambda: now, sleep=sleep) as second,
     ):
         assert (first, second) == (True, False)
     assert 1.0 <= now < 1.2
-    with undisturbed(1.0, path=lock, clock=lambda: now, sleep=sleep) as third:
+    with undisturbed(lock, 1.0, clock=lambda: now, sleep=sleep) as third:
         assert third
 
 
 def test_a_lock_that_is_a_trap_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "lock").symlink_to(tmp_path / "target")
-    with undisturbed(1.0, path=tmp_path / "lock") as held:
+    with undisturbed(tmp_path / "lock", 1.0) as held:
         assert not held
     assert not os.path.lexists(tmp_path / "target")

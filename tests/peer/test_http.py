@@ -210,7 +210,7 @@ async def test_a_port_in_use_is_one_line() -> None:
 
 @pytest.mark.parametrize("bind", ["127.0.0.1", "203.0.113.7:0", "no such host:1", "127.0.0.1:99999"])
 async def test_an_address_that_is_not_ours_is_one_line(bind: str) -> None:
-    with pytest.raises(ConfigError, match="^http="):
+    with pytest.raises(ConfigError, match=r"^http="):
         await serve(build_app(Daemon()), bind)
 
 
