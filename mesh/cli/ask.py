@@ -8,7 +8,7 @@ import typer
 
 from mesh.cli.frame import Debug, Json, Peer, print_json
 
-Model = Annotated[str, typer.Argument(help="A Hugging Face id, a folder or a .gguf file.")]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face id, a folder or a .gguf file.")]
 Strategy = Annotated[
     str, typer.Option("--strategy", metavar="NAME", help="auto, tensor_parallelism or pipeline.", show_default=True)
 ]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Timeout = Annotated[
     float, typer.Option("--timeout", metavar="SECONDS", min=0.001, help="How long to wait until the job is ready.")
 ]
-JobArgument = Annotated[str, typer.Argument(help="A job's id, as `mesh jobs` lists it.")]
+JobArgument = Annotated[str, typer.Argument(metavar="JOB", help="A job's id, as `mesh jobs` lists it.")]
 
 
 def submit(
@@ -55,8 +55,8 @@ def submit(
 
 
 def generate(
-    job: Annotated[str, typer.Argument(help="A job's id; with --model the prompt stands here.")],
-    prompt: Annotated[str | None, typer.Argument(help="The text to continue; - is stdin.")] = None,
+    job: Annotated[str, typer.Argument(metavar="JOB", help="A job's id; with --model the prompt stands here.")],
+    prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The text to continue; - is stdin.")] = None,
     *,
     model: Annotated[
         str | None, typer.Option("--model", metavar="MODEL", help="Submit this model for this prompt, then cancel it.")

@@ -109,7 +109,7 @@ def show_jobs(jobs: Iterable[JobStatus]) -> None:
             job.owner,
             str(job.epoch),
             ", ".join((job.plan_document or {}).get("sites", [])),
-            f"{mebibytes(job.loaded_bytes)} of {mebibytes(job.total_bytes)}",
+            f"{mebibytes(job.loaded_bytes)} of {mebibytes(job.total_bytes)}" if job.total_bytes else "-",
             job.error,
         ]
         for job in jobs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -12,6 +13,9 @@ from mesh.wire.v1 import mesh_pb2_grpc
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+# A peer that stops makes gRPC's core write lines of its own to our user's stderr. Read when the first channel opens.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 #: A peer answers these from memory.
 ASK_S = 10.0
