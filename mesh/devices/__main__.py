@@ -39,8 +39,8 @@ _FRESH_S = 600.0
 def run(cache_folder: Path, specs: Sequence[str], reserve: float, *, shared_folder: Path) -> list[LocalDevice]:
     """Discover and, where the cache does not know, measure. Raises MeshError.
 
-    `shared_folder` is common to the peers of this machine. Once torch is needed, one of them works at a time: loading it
-    beside a measurement was seen to halve the figure measured.
+    `shared_folder` is common to the peers of this machine. Once torch is needed one of them works at a time: loading
+    it beside a measurement was seen to halve the figure measured.
     """
     cache = SpeedCache(cache_folder)
     with contextlib.ExitStack() as alone:
