@@ -1,0 +1,57 @@
+"""Whatever the plan and the transport, the mesh says what the whole model says in one process.
+
+Greedy tokens are compared with transformers' own, in float32. Sampled tokens, which nobody else draws the same way, are
+compared between plans: the random number of token i depends on the seed and on i alone.
+"""
+
+import pytest
+from drills import PROMPTS, TOKENS, converged, needs, running, site
+
+#: Constraints that force a plan, and the KV heads and layers that come out: three sites, the first with three devices.
+PLANS = {
+    "one device": ({"sites": ["b"], "shards": [1]}, [[3]]),
+    "tensor parallel, 2 + 1 KV heads": ({"sites": ["a"], "shards": [2]}, [[2, 1]]),
+    "tensor parallel over 3": ({"sites": ["a"], "shards": [3]}, [[1, 1, 1]]),
+    "pipeline of 2": ({"sites": ["b", "c"], "shards": [1, 1]}, [[3], [3]]),
+    "pipeline of 3": ({"sites": ["a", "b", "c"], "shards": [1, 1, 1]}, [[3], [3], [3]]),
+    "tensor parallel stage, then a pipeline stage": ({"sites": ["a", "b"], "shards": [2, 1]}, [[2, 1], [3]]),
+}
+SAMPLED = {"max_tokens": 48, "temperature": 0.9, "top_p": 0.95, "top_k": 50, "seed": 20, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module", params=["tcp", "ucx"])
+def transport(request):
+    needs(request.param)
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def client(transport):
+    with converged([site("a", count=3), site("b"), site("c")], transport=transport) as (_, client):
+        yield client
+
+
+@pytest.fixture(scope="session")
+def sampled():
+    """The sampled tokens of the first plan that ran, which all others are held to."""
+    return []
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_tokens_are_those_of_the_whole_model(client, transport, plan, model, expected, sampled):
+    if plan == "one device" and transport != "tcp":
+        pytest.skip("one device sends nothing, so it is run once")
+    constraints, shape = PLANS[plan]
+    with running(client, model, constraints) as job:
+        stages = job.plan.stages
+        widths = [[shard.kv_heads[1] - shard.kv_heads[0] for shard in stage.shards] for stage in stages]
+        assert [sorted(width, reverse=True) for width in widths] == shape
+        for prompt, answer in zip(PROMPTS, expected, strict=True):
+            result = job.generate(prompt, max_tokens=TOKENS, ignore_eos=True)
+            assert result.token_ids == answer
+            assert result.finish_reason == "length"
+        tokens = job.generate(PROMPTS[0], **SAMPLED).token_ids
+        assert len(tokens) == SAMPLED["max_tokens"]
+        if not sampled:
+            sampled.append(tokens)
+        assert tokens == sampled[0]
