@@ -188,7 +188,7 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a flat CPU tensor. Through uint8, because numpy knows no bfloat16."""
     import torch
 
-    return memoryview(tensor.view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    return tensor.view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
 def _tensor(data: memoryview, like: torch.Tensor, *, any_size: bool = False) -> torch.Tensor:

@@ -14,12 +14,11 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
-import numpy as np
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from transport.base import MAX_MESSAGE_BYTES, Buffer, FrameError
-from transport.tickets import flat
+from transport.tickets import flat, fresh
 
 KEY_BYTES = 32
 TAG_BYTES = 16
@@ -81,7 +80,7 @@ class FrameWriter:
     def _seal_long(self, header: bytes, meta: bytes, payload: memoryview) -> list[Buffer]:
         assert self._aead is not None
         chunks = _chunks(payload.nbytes)
-        sealed = memoryview(np.empty(payload.nbytes + TAG_BYTES * len(chunks), np.uint8))
+        sealed = fresh(payload.nbytes + TAG_BYTES * len(chunks))
         first = self._aead.encrypt(_pack_nonce(0, self._nonce), meta, header)
         self._nonce += 1
         at = 0
@@ -157,7 +156,7 @@ class FrameReader:
             raise FrameError(f"sealed frame of {message.nbytes} bytes claims {meta_bytes} + {payload_bytes}")
         meta = self._aead.decrypt(_pack_nonce(0, self._nonce), message[HEADER_BYTES:at], header)
         self._nonce += 1
-        payload = memoryview(np.empty(payload_bytes, np.uint8))
+        payload = fresh(payload_bytes)
         for start, end in chunks:
             length = end - start + TAG_BYTES
             nonce = _pack_nonce(0, self._nonce)

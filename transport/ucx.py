@@ -35,8 +35,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from transport.base import AddressError
 from transport.waiting import SPIN_S, Gate, wait_any
 
@@ -47,6 +45,7 @@ os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
 from ucxx._lib import libucxx as ucx
 from ucxx._lib.arr import Array
 
+from transport.tickets import fresh
 from transport.ucx_pipe import UcxPipe
 
 #: UCX settings, each overruled by its UCX_* environment variable. Rendezvous costs a round trip before the data: at
@@ -101,7 +100,7 @@ class UcxListener:
                 if not probe.matched:
                     return moved
                 # Whatever arrived must be received to leave UCX, whatever its length.
-                view = memoryview(np.empty(max(1, probe.length), np.uint8))
+                view = fresh(max(1, probe.length))
                 array = Array(view[: probe.length] if probe.length else view)
                 self._reading = (worker.tag_recv_with_handle(array, probe), array, view)
             request, _, view = self._reading
@@ -126,7 +125,7 @@ class UcxListener:
             self._waiting.popleft().abort()
         address = hello[_HELLO.size : -_CHECK_BYTES]
         pipe = UcxPipe(self._fabric, address, send_tag=there, receive_tag=here, connecting=False)
-        pipe._control(_CREDIT)  # the answer
+        pipe.answer()
         self._waiting.append(pipe)
 
 

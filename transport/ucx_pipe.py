@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from ucxx._lib import libucxx as ucx
 from ucxx._lib.arr import Array
 
@@ -21,7 +20,7 @@ from transport.base import (
     Ticket,
     TransportError,
 )
-from transport.tickets import DONE, again, flat, size_bytes
+from transport.tickets import DONE, again, flat, fresh, size_bytes
 
 if TYPE_CHECKING:
     from transport.ucx import UcxFabric
@@ -113,7 +112,7 @@ class UcxPipe:
         self._posted: list[Any] = []
         self._head = 0
         for _ in range(_SLOTS):
-            view = memoryview(np.empty(_SLOT_BYTES, np.uint8))
+            view = fresh(_SLOT_BYTES)
             array = Array(view)
             self._slots.append((view, array))
             self._posted.append(self._endpoint.tag_recv(array, self._receive_tag))
@@ -194,6 +193,10 @@ class UcxPipe:
             self._release()
 
     # -- sending
+
+    def answer(self) -> None:
+        """Tell the connector that its hello arrived."""
+        self._control(_CREDIT)
 
     def _control(self, kind: int, value: int = 0) -> None:
         self._post(_CONTROL.pack(kind, 0, 0, 0, value), self._send_tag)
@@ -318,7 +321,7 @@ class UcxPipe:
     def _read_long(self, slot: memoryview, pieces: int, length: int) -> None:
         if self._arriving_bytes + length > MAX_MESSAGE_BYTES + 2 * _WINDOW_BYTES:
             raise ChannelBroken("more in flight than the window allows")
-        buffer = memoryview(np.empty(length, np.uint8))
+        buffer = fresh(length)
         words = [word for (word,) in _PIECE.iter_unpack(slot[_CONTROL.size : _CONTROL.size + pieces * _PIECE.size])]
         if sum(word & ~_BULK_BIT for word in words) != length:
             raise ChannelBroken("a layout that does not add up")

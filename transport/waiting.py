@@ -36,7 +36,7 @@ class Gate:
 
     def fileno(self) -> int:
         """The descriptor of the selector itself; a selector can be waited for by another one."""
-        return self.selector.fileno()  # type: ignore[attr-defined,no-any-return]  # epoll and kqueue both have it
+        return self.selector.fileno()  # epoll and kqueue both have it
 
     def wake(self) -> None:
         """Let the current or the next wait return at once. Safe from any thread, also after close."""
