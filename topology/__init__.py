@@ -1,0 +1,33 @@
+"""Where a model runs: devices, links, what they cost, and the partitioner that makes a plan of them.
+
+Pure: no I/O, no clock, no randomness. `partition(snapshot, model, constraints)` is the whole of it; everything else is
+the values that go in and come out, and the errors.
+"""
+
+from topology.constraints import Constraints
+from topology.errors import ConstraintError, NoFeasiblePlan, Shortfall, TopologyError
+from topology.model import DTYPE_BYTES, ModelSpec
+from topology.partition import DEFAULT_CONTEXT, STRATEGIES, partition
+from topology.plan import Plan, Predicted, Shard, Stage
+from topology.snapshot import Device, Link, Site, Snapshot
+
+__all__ = [
+    "DEFAULT_CONTEXT",
+    "DTYPE_BYTES",
+    "STRATEGIES",
+    "ConstraintError",
+    "Constraints",
+    "Device",
+    "Link",
+    "ModelSpec",
+    "NoFeasiblePlan",
+    "Plan",
+    "Predicted",
+    "Shard",
+    "Shortfall",
+    "Site",
+    "Snapshot",
+    "Stage",
+    "TopologyError",
+    "partition",
+]

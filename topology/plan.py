@@ -48,13 +48,17 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Predicted:
-    """What the cost model expects, for a batch of one. Milliseconds, tokens a second, bytes."""
+    """What the cost model expects, for a batch of one. Milliseconds, tokens a second, bytes.
+
+    `saturated_tokens_per_s` is the rate over many requests at once, with every stage busy: one over the slowest stage.
+    """
 
     token_ms: float
     compute_ms: float
     network_ms: float
     first_token_ms: float
     tokens_per_s: float
+    saturated_tokens_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ class Device:
     """A device and its measured speed. `flops` is matrix-product FLOP/s by dtype name; `memory_bandwidth` is bytes/s.
 
     `memory_bytes` is what jobs may use in all, `free_bytes` what is left of it now. `reserve` is the fraction of
-    `memory_bytes` kept back so that the loss of another site can be absorbed; a plan uses it only when nothing else fits.
+    `memory_bytes` kept back so that the loss of another site can be absorbed; a plan uses it only if nothing else fits.
     """
 
     name: str
@@ -74,7 +74,8 @@ class Snapshot:
         for link in self.links:
             if link.source in graph and link.target in graph:
                 graph.add_edge(link.source, link.target, link=link)
-        return nx.freeze(graph)
+        nx.freeze(graph)
+        return graph
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON document, the inverse of `from_dict`."""

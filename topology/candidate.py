@@ -1,0 +1,198 @@
+"""From islands to a whole plan: their ring, which comes first, how many layers each holds, and what it costs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final
+
+from topology.balance import balance
+from topology.constraints import Constraints
+from topology.cost import POLICIES, PREFILL_TOKENS, Fit, fit, least_bytes
+from topology.model import ModelSpec
+from topology.picture import Node, Picture
+from topology.plan import Plan, Predicted, Shard, Stage
+from topology.ring import rings
+
+Island = tuple[Node, ...]
+
+#: How much more computing a token may cost so that stages come out even, by `min_latency`. Calibration repeats to a few
+#: per cent, so smaller differences between devices are not worth lopsided stages.
+SLACK: Final = {"low": 0.01, "medium": 0.05, "high": math.inf}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A complete assignment: fits in ring order, layers of each, and its predicted figures in seconds."""
+
+    fits: tuple[Fit, ...]
+    counts: tuple[int, ...]
+    compute_s: float
+    network_s: float
+    first_token_s: float
+    slowest_s: float
+
+    @property
+    def token_s(self) -> float:
+        """Predicted seconds a token, batch of one."""
+        return self.compute_s + self.network_s
+
+    @cached_property
+    def sites(self) -> frozenset[str]:
+        """Names of the sites that take part."""
+        return frozenset(node.site for each in self.fits for node in each.nodes)
+
+    @cached_property
+    def identity(self) -> tuple[object, ...]:
+        """Which devices hold which layers, to settle ties the same way everywhere."""
+        return tuple((tuple(node.key for node in f.nodes), n) for f, n in zip(self.fits, self.counts, strict=True))
+
+    def cost(self, min_latency: str) -> tuple[object, ...]:
+        """Sorts the better plan first, by what `min_latency` asks. Nanoseconds, so that rounding cannot decide."""
+        token_ns = round(self.token_s * 1e9)
+        rest = (len(self.fits), round(self.slowest_s * 1e9), self.identity)
+        if min_latency == "low":
+            return (token_ns, len(self.sites), *rest)
+        if min_latency == "medium":
+            return (len(self.sites), token_ns, *rest)
+        # Rates within about 5 % of each other count as equal, and fewer sites win.
+        step = round(math.log(self.slowest_s) / math.log(1.05))
+        return (step, len(self.sites), token_ns, *rest)
+
+    def plan(self, model: ModelSpec, context: int, why: tuple[str, ...]) -> Plan:
+        """The value that peers exchange."""
+        stages, start = [], 0
+        for each, layers in zip(self.fits, self.counts, strict=True):
+            shards = tuple(
+                Shard(
+                    site=node.site,
+                    device=node.name,
+                    kv_heads=each.kv_heads[rank],
+                    columns=each.columns[rank],
+                    vocabulary=each.vocabulary[rank],
+                    memory_bytes=each.fixed_bytes[rank] + layers * each.layer_bytes[rank],
+                )
+                for rank, node in enumerate(each.nodes)
+            )
+            stages.append(Stage(start, start + layers, shards))
+            start += layers
+        predicted = Predicted(
+            token_ms=self.token_s * 1e3,
+            compute_ms=self.compute_s * 1e3,
+            network_ms=self.network_s * 1e3,
+            first_token_ms=self.first_token_s * 1e3,
+            tokens_per_s=1 / self.token_s,
+            saturated_tokens_per_s=1 / self.slowest_s,
+        )
+        return Plan(model, self.strategy, context, tuple(stages), predicted, why)
+
+    @property
+    def strategy(self) -> str:
+        """What the plan does: "single", "tensor_parallelism", "pipeline" or "hybrid"."""
+        widths = [len(each.nodes) for each in self.fits]
+        if len(widths) == 1:
+            return "single" if widths[0] == 1 else "tensor_parallelism"
+        return "pipeline" if max(widths) == 1 else "hybrid"
+
+
+class Assembler:
+    """Builds candidates for one picture, model and set of constraints, and remembers what it worked out."""
+
+    def __init__(self, picture: Picture, model: ModelSpec, context: int, constraints: Constraints) -> None:
+        self.picture, self.model, self.context, self.constraints = picture, model, context, constraints
+        self.least_bytes = least_bytes(model, context)
+        self.assembled = 0
+        self._fits: dict[tuple[Island, str, bool, bool], Fit | None] = {}
+        self._rings: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
+        self._hops: dict[tuple[str, str, int], float] = {}
+
+    def best(self, islands: Sequence[Island]) -> Candidate | None:
+        """The best candidate that uses exactly these islands, or None where they cannot hold the model together."""
+        if len(islands) > self.model.layers or self._too_small(islands):
+            return None
+        self.assembled += 1
+        islands = sorted(islands, key=lambda island: [node.rank for node in island])
+        for ring in self.rings(islands):
+            for policy in POLICIES:
+                rotations = [ring[i:] + ring[:i] for i in range(len(ring))]
+                found = [self.ordered([islands[i] for i in order], policy) for order in rotations]
+                good = [candidate for candidate in found if candidate is not None]
+                if good:
+                    return min(good, key=lambda candidate: candidate.cost(self.constraints.min_latency))
+        return None
+
+    def rings(self, islands: Sequence[Island]) -> list[tuple[int, ...]]:
+        """Orders of the islands with the least latency first."""
+        leads = tuple(island[0].site for island in islands)
+        if leads not in self._rings:
+            size = self.model.activation_bytes
+            cost = [[self.hop_s(a, b, size) for b in leads] for a in leads]
+            self._rings[leads] = rings(cost)
+        return self._rings[leads]
+
+    def hop_s(self, source: str, target: str, size_bytes: int) -> float:
+        """Seconds for `size_bytes` from the lead at one site to the lead at another."""
+        key = (source, target, size_bytes)
+        if key not in self._hops:
+            self._hops[key] = self.picture.path(source, target).transfer_s(size_bytes)
+        return self._hops[key]
+
+    def ordered(
+        self, islands: Sequence[Island], policy: str, *, counts: Sequence[int] | None = None
+    ) -> Candidate | None:
+        """The candidate with the islands in this very order, and this many layers each where `counts` says so."""
+        last = len(islands) - 1
+        fits = [self._fit(island, policy, index == 0, index == last) for index, island in enumerate(islands)]
+        good = [each for each in fits if each is not None]
+        if len(good) != len(fits) or not self._shape_is_wanted(good):
+            return None
+        # An all-reduce holds a stage up just as computing does.
+        layer_s = [each.layer_s + each.layer_network_s for each in good]
+        extra_s = [each.head_s + each.head_network_s for each in good]
+        capacity = [each.capacity for each in good]
+        if counts is None:
+            slack = SLACK[self.constraints.min_latency]
+            counts = balance(layer_s, extra_s, capacity, self.model.layers, slack=slack)
+        elif any(not 1 <= n <= most for n, most in zip(counts, capacity, strict=True)):
+            return None
+        return None if counts is None else self._priced(tuple(good), tuple(counts))
+
+    def _fit(self, island: Island, policy: str, first: bool, last: bool) -> Fit | None:
+        key = (island, policy, first, last)
+        if key not in self._fits:
+            self._fits[key] = fit(self.picture, self.model, self.context, island, policy, first=first, last=last)
+        return self._fits[key]
+
+    def _too_small(self, islands: Sequence[Island]) -> bool:
+        return sum(node.usable_bytes for island in islands for node in island) < self.least_bytes
+
+    def _shape_is_wanted(self, fits: Sequence[Fit]) -> bool:
+        asked = self.constraints
+        if asked.stages is not None and len(fits) != asked.stages:
+            return False
+        return all(asked.width(i) in (None, len(each.nodes)) for i, each in enumerate(fits))
+
+    def _priced(self, fits: tuple[Fit, ...], counts: tuple[int, ...]) -> Candidate:
+        model = self.model
+        pairs = list(zip(fits, counts, strict=True))
+        leads = [each.nodes[0].site for each in fits]
+        around = list(zip(leads, [*leads[1:], leads[0]], strict=True)) if len(leads) > 1 else []
+        hops_s = [self.hop_s(a, b, model.activation_bytes) for a, b in around]
+        tokens = min(PREFILL_TOKENS, self.context)
+        prefill_hops_s = [self.hop_s(a, b, tokens * model.activation_bytes) for a, b in around[:-1]]
+        head_s = math.fsum(each.head_s + each.head_network_s for each in fits)
+        carried_s = [model.activation_bytes / self.picture.path(a, b).bandwidth for a, b in around]
+        stage_s = [n * (each.layer_s + each.layer_network_s) + each.head_s + each.head_network_s for each, n in pairs]
+        return Candidate(
+            fits=fits,
+            counts=counts,
+            compute_s=math.fsum(n * each.layer_s + each.head_s for each, n in pairs),
+            network_s=math.fsum([n * each.layer_network_s + each.head_network_s for each, n in pairs] + hops_s),
+            first_token_s=math.fsum(
+                [n * (each.prefill_layer_s + each.prefill_layer_network_s) for each, n in pairs] + prefill_hops_s
+            )
+            + head_s,
+            slowest_s=max(stage_s + carried_s),
+        )

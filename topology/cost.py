@@ -1,0 +1,234 @@
+"""What a stage costs: seconds a token, seconds of prefill, bytes of memory. Pure arithmetic on measured figures.
+
+A stage of n shards, with all-reduces after attention and after the MLP, takes for one layer and one token
+
+    max over shards (attention bytes / speed) + max over shards (MLP bytes / speed) + 2 all-reduces + overhead
+
+The two maxima stand apart because the all-reduce between them makes every shard wait for the slowest: a shard that got
+one KV-head group too many cannot make up for it with fewer MLP columns. `speed` is the roofline at a batch of one,
+min(memory bandwidth, FLOP/s * element bytes / 2). An all-reduce is a one-shot exchange: the slowest one-way latency in
+the island, plus n-1 vectors through the narrowest path. The KV cache is read at half of the planned context, its mean
+while it fills. Prefill is the roofline too, for `PREFILL_TOKENS` tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from topology.model import ModelSpec
+from topology.picture import Node, Path, Picture
+from topology.shares import cut
+
+#: Longest run of prompt tokens a stage computes at once; activation memory is sized for it.
+PREFILL_CHUNK: Final = 512
+#: Prompt length behind `Predicted.first_token_ms`.
+PREFILL_TOKENS: Final = 512
+#: Time of a layer that does not shrink with its slice: Python, dispatch, kernel launches. Measured: 200 us at best and
+#: 234 us in the median for a Llama layer of hidden size 32 (transformers 5, torch 2.13, one thread of an AMD EPYC).
+LAYER_OVERHEAD_S: Final = 200e-6
+#: MLP columns and head rows are cut at multiples of this: a cache line of float16 and a tile of most matrix kernels.
+CUT_UNIT: Final = 8
+#: Bytes of one logit: sampling happens in float32.
+LOGIT_BYTES: Final = 4
+
+#: How an island is shared out. "speed": in proportion to speed, the fastest leads. "memory": in proportion to memory,
+#: for models that fit no other way. "roomy": as "memory", and the device with most memory leads.
+POLICIES: Final = ("speed", "memory", "roomy")
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """An island in a certain place of the ring: who takes what share, what a layer costs, how many layers fit.
+
+    `layer_bytes` (weights and KV cache of one layer) and `fixed_bytes` (embedding, head, activations) are by shard.
+    `layer_s` is computing and `layer_network_s` all-reduces of one layer and one token; `head_s` and `head_network_s`
+    come once a token on the last stage. `prefill_*` are the same for `PREFILL_TOKENS` tokens.
+    """
+
+    nodes: tuple[Node, ...]
+    policy: str
+    kv_heads: tuple[tuple[int, int], ...]
+    columns: tuple[tuple[int, int], ...]
+    vocabulary: tuple[tuple[int, int], ...]
+    layer_bytes: tuple[int, ...]
+    fixed_bytes: tuple[int, ...]
+    capacity: int
+    layer_s: float
+    layer_network_s: float
+    head_s: float
+    head_network_s: float
+    prefill_layer_s: float
+    prefill_layer_network_s: float
+
+
+def width(span: tuple[int, int]) -> int:
+    """Length of a half-open range."""
+    return span[1] - span[0]
+
+
+def attention_bytes(model: ModelSpec, groups: int) -> int:
+    """Weight bytes of q, k, v and o of one layer for so many KV-head groups."""
+    heads = groups * model.heads // model.kv_heads
+    return 2 * model.hidden * model.head_dim * (heads + groups) * model.element_bytes
+
+
+def mlp_bytes(model: ModelSpec, columns: int) -> int:
+    """Weight bytes of gate, up and down of one layer for so many columns."""
+    return 3 * model.hidden * columns * model.element_bytes
+
+
+def kv_bytes(model: ModelSpec, groups: int, tokens: int) -> int:
+    """KV-cache bytes of one layer for so many KV-head groups and tokens."""
+    return 2 * groups * model.head_dim * model.element_bytes * tokens
+
+
+def activation_bytes(model: ModelSpec, groups: int, columns: int, context: int) -> int:
+    """Working memory of one shard while it computes `PREFILL_CHUNK` tokens: streams, heads, MLP, mask."""
+    tokens = min(PREFILL_CHUNK, context)
+    heads = groups * model.heads // model.kv_heads
+    elements = 4 * model.hidden + 2 * (heads + groups) * model.head_dim + 3 * columns
+    in_float32 = 4 * model.hidden  # the norms compute in float32
+    return tokens * (elements * model.element_bytes + in_float32 + context * model.element_bytes)
+
+
+def least_bytes(model: ModelSpec, context: int) -> int:
+    """No plan takes less: all layers with their KV cache and the embedding (with the head, where it is not tied)."""
+    layers = model.layers * (model.layer_bytes + kv_bytes(model, model.kv_heads, context))
+    return layers + model.embedding_bytes * (1 if model.tied_embeddings else 2)
+
+
+def needed_bytes(model: ModelSpec, context: int, stages: int) -> int:
+    """What `stages` stages of one shard take together: what a person is told the model needs."""
+    extra = model.embedding_bytes if model.tied_embeddings and stages > 1 else 0
+    working = activation_bytes(model, model.kv_heads, model.intermediate, context)
+    return least_bytes(model, context) + extra + stages * working + 2 * LOGIT_BYTES * model.vocab
+
+
+def decode_s(model: ModelSpec, speed: float) -> float:
+    """Seconds a token on one device of that speed, with all weights in its memory: T_decode of the planning notes."""
+    return (model.layers * model.layer_bytes + model.embedding_bytes) / speed
+
+
+def fit(
+    picture: Picture, model: ModelSpec, context: int, island: tuple[Node, ...], policy: str, *, first: bool, last: bool
+) -> Fit | None:
+    """Share an island out. None where it cannot work: more devices than KV-head groups, no path, not even one layer."""
+    nodes = tuple(sorted(island, key=lambda node: (-node.usable_bytes, node.rank))) if policy == "roomy" else island
+    count = len(nodes)
+    worst = slowest_path(picture, nodes)
+    if count > model.kv_heads or count > model.intermediate or not worst.reachable:
+        return None
+    shares = _shares(model, context, nodes, policy, first=first, last=last)
+    if shares is None:
+        return None
+    kv_heads, columns, vocabulary = shares
+    norms = 2 * model.hidden * model.element_bytes
+    layer_bytes = tuple(
+        attention_bytes(model, width(g)) + mlp_bytes(model, width(c)) + norms + kv_bytes(model, width(g), context)
+        for g, c in zip(kv_heads, columns, strict=True)
+    )
+    fixed_bytes = tuple(
+        ends_bytes(model, rank, width(rows), first=first, last=last)
+        + activation_bytes(model, width(g), width(c), context)
+        for rank, (rows, g, c) in enumerate(zip(vocabulary, kv_heads, columns, strict=True))
+    )
+    capacity = min(
+        (node.usable_bytes - fixed) // layer for node, fixed, layer in zip(nodes, fixed_bytes, layer_bytes, strict=True)
+    )
+    if capacity < 1:
+        return None
+    ranks = range(count)
+    cached = [kv_bytes(model, width(g), context) / 2 for g in kv_heads]
+    attention_s = max((attention_bytes(model, width(kv_heads[i])) + cached[i]) / nodes[i].speed for i in ranks)
+    mlp_s = max(mlp_bytes(model, width(columns[i])) / nodes[i].speed for i in ranks)
+    head_s = max(width(vocabulary[i]) * model.activation_bytes / nodes[i].speed for i in ranks) if last else 0.0
+    gather_s = worst.transfer_s(model.vocab * LOGIT_BYTES) if last and count > 1 else 0.0
+    tokens = min(PREFILL_TOKENS, context)
+    return Fit(
+        nodes=nodes,
+        policy=policy,
+        kv_heads=kv_heads,
+        columns=columns,
+        vocabulary=vocabulary,
+        layer_bytes=layer_bytes,
+        fixed_bytes=fixed_bytes,
+        capacity=capacity,
+        layer_s=attention_s + mlp_s + LAYER_OVERHEAD_S,
+        layer_network_s=2 * _all_reduce_s(worst, count, model.activation_bytes),
+        head_s=head_s,
+        head_network_s=gather_s,
+        prefill_layer_s=LAYER_OVERHEAD_S
+        + max(_prefill_s(model, nodes[i], width(kv_heads[i]), 0, tokens) for i in ranks)
+        + max(_prefill_s(model, nodes[i], 0, width(columns[i]), tokens) for i in ranks),
+        prefill_layer_network_s=2 * _all_reduce_s(worst, count, tokens * model.activation_bytes),
+    )
+
+
+def ends_bytes(model: ModelSpec, rank: int, rows: int, *, first: bool, last: bool) -> int:
+    """Bytes a shard holds besides layers: the embedding (lead of the first stage), the last norm, head rows, logits.
+
+    A tied head that is a slice of an embedding on the same shard is counted once.
+    """
+    embeds = first and rank == 0
+    size = model.embedding_bytes if embeds else 0
+    if last:
+        if not (embeds and model.tied_embeddings):
+            size += rows * model.activation_bytes
+        size += model.activation_bytes + LOGIT_BYTES * (2 * model.vocab if rank == 0 else rows)
+    return size
+
+
+def slowest_path(picture: Picture, nodes: tuple[Node, ...]) -> Path:
+    """The path that bounds a collective among the nodes: their worst one-way latency with their least bandwidth."""
+    paths = [picture.path(a.site, b.site) for a in nodes for b in nodes if a is not b]
+    if not paths:
+        return Path(0.0, float("inf"), 0.0)
+    return Path(
+        max(path.one_way_s for path in paths),
+        min(path.bandwidth for path in paths),
+        max(path.rtt_s for path in paths),
+        all(path.measured for path in paths),
+    )
+
+
+def _shares(
+    model: ModelSpec, context: int, nodes: tuple[Node, ...], policy: str, *, first: bool, last: bool
+) -> tuple[tuple[tuple[int, int], ...], ...] | None:
+    """Ranges of KV-head groups, MLP columns and head rows by shard; None where a shard has no room at all."""
+    nobody = tuple((0, 0) for _ in nodes)
+    if policy == "speed":
+        weights = [node.speed for node in nodes]
+        kv_heads = tuple(cut(model.kv_heads, weights))
+        columns = tuple(cut(model.intermediate, weights, unit=CUT_UNIT))
+        return kv_heads, columns, tuple(cut(model.vocab, weights, unit=CUT_UNIT)) if last else nobody
+    embeds = [model.embedding_bytes if first and rank == 0 else 0 for rank in range(len(nodes))]
+    room = [max(float(node.usable_bytes - embed), 1.0) for node, embed in zip(nodes, embeds, strict=True)]
+    vocabulary = tuple(cut(model.vocab, room, unit=CUT_UNIT)) if last else nobody
+    room = [
+        node.usable_bytes
+        - ends_bytes(model, rank, width(vocabulary[rank]), first=first, last=last)
+        - activation_bytes(model, 1, model.intermediate // len(nodes), context)
+        for rank, node in enumerate(nodes)
+    ]
+    if min(room) <= 0:
+        return None
+    kv_heads = tuple(cut(model.kv_heads, room))
+    # KV-head groups are coarse: columns even out what they leave uneven.
+    attention = [attention_bytes(model, width(g)) + kv_bytes(model, width(g), context) for g in kv_heads]
+    whole = sum(attention) + mlp_bytes(model, model.intermediate)
+    target = [whole * space / sum(room) - used for space, used in zip(room, attention, strict=True)]
+    columns = tuple(cut(model.intermediate, [max(value, 1.0) for value in target], unit=CUT_UNIT))
+    return kv_heads, columns, vocabulary
+
+
+def _all_reduce_s(worst: Path, count: int, size_bytes: int) -> float:
+    return worst.transfer_s((count - 1) * size_bytes) if count > 1 else 0.0
+
+
+def _prefill_s(model: ModelSpec, node: Node, groups: int, columns: int, tokens: int) -> float:
+    weights = attention_bytes(model, groups) + mlp_bytes(model, columns)
+    heads = groups * model.heads // model.kv_heads
+    # Scores and their product with the values, over the lower triangle: 2 * 2 * T^2/2 operations a head element.
+    operations = 2 * weights / model.element_bytes * tokens + 2 * tokens**2 * heads * model.head_dim
+    return max(operations / node.flops, weights / node.speed)

@@ -1,0 +1,161 @@
+"""The sentences of a plan: why these devices, with the predicted speeds of what was not chosen."""
+
+from __future__ import annotations
+
+from topology.candidate import Candidate
+from topology.constraints import Constraints
+from topology.cost import decode_s, slowest_path, width
+from topology.errors import megabytes
+from topology.islands import tensor_parallel_rtt_s
+from topology.model import ModelSpec
+from topology.picture import Picture
+from topology.search import Search
+
+#: What `min_latency` asks, in words.
+WISHES = {
+    "low": "the least predicted latency at any number of sites",
+    "medium": "as few sites as fit, then the least predicted latency",
+    "high": "throughput over many requests, latency tolerated",
+}
+
+
+def why(
+    search: Search,
+    chosen: Candidate,
+    context: int,
+    *,
+    reserve: bool,
+    extra: tuple[str, ...] = (),
+    cut_short: bool = False,
+) -> tuple[str, ...]:
+    """All reasons, the most telling first."""
+    constraints, picture, model = search.constraints, search.picture, search.model
+    lines = [_headline(chosen, constraints), *_rivals(search, chosen)]
+    if search.strategy == "tensor_parallelism":
+        lines += _tensor_parallelism(search, chosen)
+    lines += _islands(chosen, picture, model)
+    if len(chosen.fits) > 1:
+        lines.append(_ring(chosen, picture))
+    lines.append(_memory(chosen, context))
+    if not reserve:
+        lines.append("it uses the reserve: the loss of another site could not be absorbed")
+    if constraints.forced:
+        lines.append(f"the shape was forced by stages={constraints.stages}, shards={constraints.shards}")
+    lines += extra
+    if cut_short:
+        lines.append("the search was cut short by its budget: a better plan may exist")
+    return (*lines, *picture.notes)
+
+
+def describe(candidate: Candidate) -> str:
+    """A candidate in a few words: "a/gpu0 + a/gpu1 | b/gpu0 (3.21 ms)"."""
+    stages = " | ".join(" + ".join(node.key for node in each.nodes) for each in candidate.fits)
+    return f"{stages} ({_ms(candidate.token_s)})"
+
+
+def _headline(chosen: Candidate, constraints: Constraints) -> str:
+    what = {
+        "single": "one device",
+        "tensor_parallelism": f"tensor parallelism over {len(chosen.fits[0].nodes)} devices",
+        "pipeline": f"a pipeline of {len(chosen.fits)} stages",
+        "hybrid": f"a pipeline of {len(chosen.fits)} stages with tensor parallelism inside",
+    }[chosen.strategy]
+    sites = f"{len(chosen.sites)} site" + ("" if len(chosen.sites) == 1 else "s")
+    wish = WISHES[constraints.min_latency]
+    return (
+        f"{what} on {sites}: {_ms(chosen.token_s)} a token predicted, {1 / chosen.token_s:.3g} tokens/s "
+        f"({_ms(chosen.compute_s)} computing, {_ms(chosen.network_s)} network); wanted: {wish}"
+    )
+
+
+def _rivals(search: Search, chosen: Candidate) -> list[str]:
+    """The best of each other kind, near at hand: on single sites, on the chosen ones, on these with one more."""
+    sites = search.picture.sites
+    sets = [frozenset([name]) for name in sites] + [chosen.sites]
+    sets += [chosen.sites | {name} for name in sites if name not in chosen.sites and len(chosen.sites) == 1]
+    kinds = ["single"] if search.strategy == "pipeline" else ["single", "tensor_parallelism"]
+    lines = []
+    for kind in [*kinds, "pipeline"]:
+        if kind == chosen.strategy or search.constraints.forced:
+            continue
+        found = [
+            search.family(names, kind) for names in sets[: 2 * len(sites) + 1] if kind != "single" or len(names) == 1
+        ]
+        rivals = [rival for rival in found if rival is not None and rival.strategy in (kind, "hybrid")]
+        best = min(rivals, key=lambda rival: rival.cost("low"), default=None)
+        name = {"single": "one device", "tensor_parallelism": "tensor parallelism", "pipeline": "a pipeline"}[kind]
+        if best is None:
+            if kind == "single":
+                lines.append(_no_single(search))
+        elif best.identity != chosen.identity:
+            if best.token_s < chosen.token_s:
+                reason = "faster, but not what was asked for"
+            else:
+                reason = f"{best.token_s / chosen.token_s:.2f} times as long"
+            lines.append(f"the best with {name} would be {describe(best)}, {reason}")
+    return lines
+
+
+def _no_single(search: Search) -> str:
+    nodes = [node for name in search.picture.sites for node in search.picture.nodes[name]]
+    roomiest = max(nodes, key=lambda node: (node.usable_bytes, node.key))
+    need = search.assembler.least_bytes
+    fastest = max(nodes, key=lambda node: node.speed)
+    return (
+        f"no single device holds the model: it needs {megabytes(need)} and {roomiest.key}, the roomiest, has "
+        f"{megabytes(roomiest.usable_bytes)} (one that did, at the speed of {fastest.key}, would read its weights in "
+        f"{_ms(decode_s(search.model, fastest.speed))})"
+    )
+
+
+def _tensor_parallelism(search: Search, chosen: Candidate) -> list[str]:
+    lines = []
+    for each in chosen.fits:
+        site = each.nodes[0].site
+        usable = search.picture.nodes[site]
+        if len(each.nodes) == 1 and len(usable) > 1 and not search.constraints.forced:
+            wide = search.family(frozenset([site]), "tensor_parallelism")
+            rival = f": tensor parallelism there would take {_ms(wide.token_s)}" if wide is not None else ""
+            lines.append(f"{site} has {len(usable)} devices, but {each.nodes[0].key} alone is predicted faster{rival}")
+        elif len(usable) == 1:
+            lines.append(f"{site} has one device, so there is nothing to split inside it")
+    return lines
+
+
+def _islands(chosen: Candidate, picture: Picture, model: ModelSpec) -> list[str]:
+    lines = []
+    for each in chosen.fits:
+        if len(each.nodes) < 2:
+            continue
+        groups = " + ".join(f"{node.key} {width(span)}" for node, span in zip(each.nodes, each.kv_heads, strict=True))
+        basis = "measured speed" if each.policy == "speed" else "memory, because shares by speed do not fit"
+        worst = slowest_path(picture, each.nodes)
+        pays_s = tensor_parallel_rtt_s(model, each.nodes[0].speed, len(each.nodes))
+        lines.append(
+            f"KV-head groups by {basis}: {groups}; the round trip inside is {_ms(worst.rtt_s)}, "
+            f"tensor parallelism pays below {_ms(pays_s)}"
+        )
+    return lines
+
+
+def _ring(chosen: Candidate, picture: Picture) -> str:
+    leads = [each.nodes[0].site for each in chosen.fits]
+    pairs = list(zip(leads, [*leads[1:], leads[0]], strict=True))
+    total_s = sum(picture.path(a, b).one_way_s for a, b in pairs)
+    layers = ", ".join(f"{each.nodes[0].key} {n}" for each, n in zip(chosen.fits, chosen.counts, strict=True))
+    guessed = sorted({f"{min(a, b)} - {max(a, b)}" for a, b in pairs if not picture.path(a, b).measured})
+    suffix = f"; not measured, a pessimistic guess: {', '.join(guessed)}" if guessed else ""
+    hops = " -> ".join([*leads, leads[0]])
+    return f"the ring {hops} has the least latency, {_ms(total_s)} a turn; layers: {layers}{suffix}"
+
+
+def _memory(chosen: Candidate, context: int) -> str:
+    shares = []
+    for each, layers in zip(chosen.fits, chosen.counts, strict=True):
+        for node, fixed, layer in zip(each.nodes, each.fixed_bytes, each.layer_bytes, strict=True):
+            shares.append(f"{node.key} {megabytes(fixed + layers * layer)} of {megabytes(node.usable_bytes)}")
+    return f"memory with a KV cache of {context} tokens: {', '.join(shares)}"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms" if seconds < 0.1 else f"{seconds * 1e3:.0f} ms"

@@ -1,0 +1,264 @@
+"""The planner's view of a snapshot: devices that can be used, what they hold and how fast, and the path of every pair.
+
+Numbers in a snapshot come from other peers. Each is held to bounds before anything is computed from it; a device with
+an impossible number is left out, a link with one counts as not measured, and both are named in `Picture.notes`. So one
+broken or lying peer cannot stop the others from planning.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from topology.constraints import Constraints, nearest
+from topology.errors import ConstraintError, TopologyError
+from topology.model import ModelSpec
+from topology.snapshot import Device, Link, Site, Snapshot
+
+#: Bounds of what is believed: a minute of round trip, 10 TB/s of link, 1 EB of memory, 1 PB/s, 1 ZFLOP/s.
+MAX_RTT_S: Final = 60.0
+MAX_LINK_BANDWIDTH: Final = 1e13
+MAX_MEMORY_BYTES: Final = 2**60
+MAX_MEMORY_BANDWIDTH: Final = 1e15
+MAX_FLOPS: Final = 1e21
+
+#: Round trip of a pair nobody measured, where no pair was: about the longest between AWS regions (Frankfurt-Sydney,
+#: 282 ms; cloudping.co, January 2019). Where any pair was measured, the largest measured round trip is taken instead.
+UNMEASURED_RTT_S: Final = 0.3
+#: Bandwidth of a pair nobody measured: 100 Mbit/s.
+UNMEASURED_BANDWIDTH: Final = 12.5e6
+#: Link between devices of a site whose own figures are impossible: a slow local network.
+LOCAL_RTT_S: Final = 1e-3
+LOCAL_BANDWIDTH: Final = 125e6
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A usable device. `speed` is weight bytes/s in decoding, `flops` FLOP/s, `usable_bytes` what a plan may take."""
+
+    site: str
+    name: str
+    speed: float
+    flops: float
+    usable_bytes: int
+
+    @property
+    def key(self) -> str:
+        """`site/device`, as `topology.plan.Shard.key`."""
+        return f"{self.site}/{self.name}"
+
+    @property
+    def rank(self) -> tuple[float, str, str]:
+        """Sorts fastest first, then by name."""
+        return (-self.speed, self.site, self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """One direction of a pair. `one_way_s` is expected latency with jitter and loss, infinite where unreachable."""
+
+    one_way_s: float
+    bandwidth: float
+    rtt_s: float
+    measured: bool = True
+
+    @property
+    def reachable(self) -> bool:
+        """Whether the pair can exchange traffic at all."""
+        return math.isfinite(self.one_way_s)
+
+    def transfer_s(self, size_bytes: float) -> float:
+        """Seconds until `size_bytes` have arrived at the other end."""
+        return self.one_way_s + size_bytes / self.bandwidth
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Usable devices by site (fastest first), paths between sites (a site to itself: between its devices), notes."""
+
+    nodes: Mapping[str, tuple[Node, ...]]
+    paths: Mapping[tuple[str, str], Path]
+    notes: tuple[str, ...]
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Sites with at least one usable device, sorted."""
+        return tuple(sorted(self.nodes))
+
+    def path(self, source: str, target: str) -> Path:
+        """The path from one site to another."""
+        return self.paths[source, target]
+
+    @property
+    def usable_bytes(self) -> int:
+        """What all usable devices may give, together."""
+        return sum(node.usable_bytes for nodes in self.nodes.values() for node in nodes)
+
+
+def look(
+    snapshot: Snapshot,
+    model: ModelSpec,
+    constraints: Constraints,
+    *,
+    reserve: bool = True,
+    held: Mapping[str, int] | None = None,
+    ignore_unreachable: bool = False,
+) -> Picture:
+    """The picture under the constraints that choose sites.
+
+    `reserve`: keep each device's reserve free. `held`: bytes by `site/device` that this job holds already; they count
+    as free. `ignore_unreachable` treats cut pairs as not measured, to find out what they cost. Raises TopologyError
+    where the snapshot names a site or a device twice.
+    """
+    allowed = allowed_sites(snapshot, constraints)
+    notes: list[str] = []
+    nodes: dict[str, tuple[Node, ...]] = {}
+    for site in snapshot.sites:
+        if site.name in allowed:
+            usable = _nodes(site, model, reserve, held or {}, notes)
+            if usable:
+                nodes[site.name] = usable
+    return Picture(nodes, _paths(snapshot, sorted(nodes), ignore_unreachable, notes), tuple(notes))
+
+
+def check_names(snapshot: Snapshot, constraints: Constraints) -> None:
+    """Raises ConstraintError where a constraint names a site or region that the snapshot does not hold."""
+    sites = [site.name for site in snapshot.sites]
+    regions = {site.region for site in snapshot.sites if site.region}
+    for key, names, known in (
+        ("sites", constraints.sites, sites),
+        ("exclude_sites", constraints.exclude_sites, sites),
+        ("regions", constraints.regions, regions),
+    ):
+        for name in names:
+            if name not in known:
+                raise ConstraintError(f"{key} names {name!r}, which is unknown: {nearest(name, known, 'known')}")
+
+
+def allowed_sites(snapshot: Snapshot, constraints: Constraints) -> frozenset[str]:
+    """Names of the sites on which the constraints let a model run."""
+    return frozenset(
+        site.name
+        for site in snapshot.sites
+        if (not constraints.sites or site.name in constraints.sites)
+        and (not constraints.regions or site.region in constraints.regions)
+        and site.name not in constraints.exclude_sites
+    )
+
+
+def _within(value: object, most: float, *, zero: bool = False) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return False
+    return (value >= 0 if zero else value > 0) and value <= most
+
+
+def _nodes(site: Site, model: ModelSpec, reserve: bool, held: Mapping[str, int], notes: list[str]) -> tuple[Node, ...]:
+    nodes = []
+    for device in sorted(site.devices, key=lambda device: device.name):
+        problem = _problem(device)
+        if problem:
+            notes.append(f"{site.name}/{device.name} left out: {problem}")
+            continue
+        flops = device.flops.get(model.dtype)
+        if flops is None:
+            flops = min(device.flops.values())
+            notes.append(f"{site.name}/{device.name} has no measured {model.dtype} speed, its slowest dtype is assumed")
+        # At a batch of one a weight is read once for two operations: the roofline's lower branch is nearly always it.
+        speed = min(device.memory_bandwidth, flops * model.element_bytes / 2)
+        free = min(device.free_bytes + held.get(f"{site.name}/{device.name}", 0), device.memory_bytes)
+        kept = device.reserve * device.memory_bytes if reserve else 0.0
+        usable = max(math.floor(free - kept), 0)
+        if usable:
+            nodes.append(Node(site.name, device.name, speed, flops, usable))
+    if len({device.name for device in site.devices}) != len(site.devices):
+        raise TopologyError(f"site {site.name} names a device twice: give its devices different names")
+    return tuple(sorted(nodes, key=lambda node: node.rank))
+
+
+def _problem(device: Device) -> str:
+    """Why a device cannot be planned with, or an empty string."""
+    if not _within(device.memory_bytes, MAX_MEMORY_BYTES):
+        return f"memory_bytes is {device.memory_bytes}"
+    if not _within(device.free_bytes, MAX_MEMORY_BYTES, zero=True):
+        return f"free_bytes is {device.free_bytes}"
+    if not _within(device.memory_bandwidth, MAX_MEMORY_BANDWIDTH):
+        return f"memory_bandwidth is {device.memory_bandwidth}"
+    if not _within(device.reserve, 1.0, zero=True):
+        return f"reserve is {device.reserve}"
+    if not device.flops:
+        return "no measured flops"
+    for dtype, value in sorted(device.flops.items()):
+        if not _within(value, MAX_FLOPS):
+            return f"flops of {dtype} is {value}"
+    return ""
+
+
+def _usable_link(link: Link | None) -> bool:
+    return (
+        link is not None
+        and _within(link.rtt_s, MAX_RTT_S, zero=True)
+        and _within(link.jitter_s, MAX_RTT_S, zero=True)
+        and _within(link.bandwidth, MAX_LINK_BANDWIDTH)
+        and _within(link.loss, 0.99, zero=True)
+    )
+
+
+def _paths(
+    snapshot: Snapshot, names: list[str], ignore_unreachable: bool, notes: list[str]
+) -> dict[tuple[str, str], Path]:
+    links: dict[tuple[str, str], Link] = {}
+    for link in snapshot.links:
+        if (link.source, link.target) in links:
+            raise TopologyError(f"the link {link.source} -> {link.target} is listed twice")
+        links[link.source, link.target] = link
+    if len({site.name for site in snapshot.sites}) != len(snapshot.sites):
+        raise TopologyError("the snapshot lists a site twice: site names must differ")
+    sound = {pair: link for pair, link in links.items() if _usable_link(link)}
+    measured = [link.rtt_s for link in sound.values() if link.measured and link.reachable]
+    default_s = max(measured, default=UNMEASURED_RTT_S)
+    paths: dict[tuple[str, str], Path] = {}
+    for site in snapshot.sites:
+        if site.name in names:
+            paths[site.name, site.name] = _local(site, notes)
+    for index, left in enumerate(names):
+        for right in names[index + 1 :]:
+            pairs = [(left, right), (right, left)]
+            bad = [pair for pair in pairs if pair in links and pair not in sound]
+            notes.extend(f"link {a} -> {b} has impossible figures and counts as not measured" for a, b in bad)
+            cut = any(pair in links and not links[pair].reachable for pair in pairs) and not ignore_unreachable
+            known = [sound[pair] for pair in pairs if pair in sound and (sound[pair].reachable or ignore_unreachable)]
+            for source, target in pairs:
+                own = sound.get((source, target))
+                bandwidth = own.bandwidth if own else min((k.bandwidth for k in known), default=UNMEASURED_BANDWIDTH)
+                paths[source, target] = _path(known, default_s, bandwidth, cut)
+    return paths
+
+
+def _path(known: Iterable[Link], default_s: float, bandwidth: float, cut: bool) -> Path:
+    """The path of a pair from what both ends say of it.
+
+    A round trip is one number, however directed the reports are. The larger report is believed, so that no end can draw
+    traffic to itself by claiming to be near. A measurement wins over an estimate.
+    """
+    known = list(known)
+    best = [link for link in known if link.measured] or known
+    if cut:
+        return Path(math.inf, bandwidth, math.inf)
+    if not best:
+        return Path(default_s / 2, bandwidth, default_s, measured=False)
+    rtt_s = max(link.rtt_s for link in best)
+    jitter_s = max(link.jitter_s for link in best)
+    loss = max(link.loss for link in best)
+    # A lost single segment is found out after a tail loss probe, about two round trips (RFC 8985, section 7.2).
+    repair_s = loss / (1 - loss) * 2 * rtt_s
+    return Path((rtt_s + jitter_s) / 2 + repair_s, bandwidth, rtt_s, measured=any(link.measured for link in best))
+
+
+def _local(site: Site, notes: list[str]) -> Path:
+    rtt_s, bandwidth = site.local_rtt_s, site.local_bandwidth
+    if not _within(rtt_s, MAX_RTT_S, zero=True) or not _within(bandwidth, MAX_LINK_BANDWIDTH):
+        notes.append(f"site {site.name} has impossible local link figures, a slow local network is assumed")
+        rtt_s, bandwidth = LOCAL_RTT_S, LOCAL_BANDWIDTH
+    return Path(rtt_s / 2, bandwidth, rtt_s)

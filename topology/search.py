@@ -1,0 +1,271 @@
+"""Which sites, and which layout of each. Exhaustive where that is affordable, otherwise grown and swapped.
+
+Every preference between candidates depends on the candidates alone, never on what else there is, as long as the search
+is exhaustive: so a site that is not used may vanish without changing the plan.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from topology.candidate import Assembler, Candidate
+from topology.constraints import Constraints
+from topology.islands import Layout, cluster_layouts, clusters, forced_clusters, forced_layouts, site_layouts
+from topology.model import ModelSpec
+from topology.picture import Picture
+
+#: Sets of sites of one size that are looked at one by one; above, sets are grown from every site and improved by swaps.
+LISTED_SETS: Final = 500
+#: Choices of layouts that are tried one by one for a set of sites; above, one site's layout is changed at a time.
+LISTED_LAYOUTS: Final = 48
+#: The same where an override narrows the choices down by itself.
+LISTED_FORCED: Final = 4096
+#: Candidates assembled at most, each about 0.3 ms: bounds planning to a few seconds on any mesh.
+MAX_ASSEMBLED: Final = 6000
+
+Block = tuple[Layout, ...]  # the layouts to choose from, for one site or one cluster
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The best candidate that meets every constraint, if any; and the fastest that meets all but the latency limit."""
+
+    best: Candidate | None
+    fastest: Candidate | None
+    cut_short: bool
+
+
+class Search:
+    """One search over one picture."""
+
+    def __init__(
+        self, picture: Picture, model: ModelSpec, context: int, constraints: Constraints, strategy: str
+    ) -> None:
+        self.picture, self.model, self.constraints, self.strategy = picture, model, constraints, strategy
+        self.assembler = Assembler(picture, model, context, constraints)
+        self._found: dict[frozenset[str], Candidate | None] = {}
+        self._layouts = {name: self._site(name) for name in picture.sites}
+        self._clusters = self._near()
+        self._room = {name: sum(node.usable_bytes for node in picture.nodes[name]) for name in picture.sites}
+
+    def run(self) -> Outcome:
+        """Look at one site, then at pairs, and so on, as far as `min_latency` and the limits ask."""
+        best: Candidate | None = None
+        fastest: Candidate | None = None
+        wish = self.constraints.min_latency
+        for size in range(1, self._most_sites() + 1):
+            for names in self._sets(size, best):
+                candidate = self.on(names)
+                if candidate is None:
+                    continue
+                if fastest is None or candidate.cost("low") < fastest.cost("low"):
+                    fastest = candidate
+                if self.meets(candidate) and (best is None or candidate.cost(wish) < best.cost(wish)):
+                    best = candidate
+            if (best is not None and wish == "medium") or self.exhausted:
+                break
+        return Outcome(best, fastest, self.exhausted)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the budget is spent."""
+        return self.assembler.assembled >= MAX_ASSEMBLED
+
+    def meets(self, candidate: Candidate) -> bool:
+        """Whether the candidate is within the latency limit."""
+        limit = self.constraints.max_token_latency_ms
+        return limit is None or candidate.token_s * 1e3 <= limit
+
+    def on(self, names: frozenset[str]) -> Candidate | None:
+        """The candidate for exactly these sites, by the strategy's own preference among layouts."""
+        if names not in self._found:
+            self._found[names] = self._preferred(names)
+        return self._found[names]
+
+    def _preferred(self, names: frozenset[str]) -> Candidate | None:
+        wish = self.constraints.min_latency
+        if self.strategy == "tensor_parallelism" and wish != "low" and not self.constraints.forced:
+            wide = self._choose([self._only(block, widest=True) for block in self._singly(names)])
+            if wide is not None:
+                narrow = self._choose([self._only(block, widest=False) for block in self._singly(names)])
+                if narrow is None or wide.token_s <= narrow.token_s:
+                    return wide
+        found = [self._choose(blocks) for blocks in self._partitions(names)]
+        good = [candidate for candidate in found if candidate is not None]
+        return min(good, key=lambda candidate: candidate.cost(wish), default=None)
+
+    def family(self, names: frozenset[str], kind: str) -> Candidate | None:
+        """The best on these sites of one kind: "single", "tensor_parallelism" or "pipeline". To explain a choice."""
+        blocks = self._singly(names)
+        if kind == "single":
+            wanted = [tuple(layout for layout in block if layout.alone) for block in blocks]
+        elif kind == "tensor_parallelism":
+            wanted = [tuple(x for x in block if x.alone or (len(x.islands) == 1 and not x.alone)) for block in blocks]
+            wanted = [tuple(x for x in block if not x.alone) or block for block in wanted]
+        else:
+            wanted = [tuple(x for x in b if all(len(island) == 1 for island in x.islands)) for b in blocks]
+            if len(names) == 1:
+                wanted = [tuple(x for x in block if len(x.islands) > 1) for block in wanted]
+        return self._choose(wanted)
+
+    def _choose(self, blocks: Sequence[Block]) -> Candidate | None:
+        """The best choice of one layout from each block."""
+        if not all(blocks):
+            return None
+        if self.constraints.forced:
+            stages = self.constraints.stages
+            choices: Iterable[Block] = (
+                choice
+                for choice in itertools.islice(itertools.product(*blocks), LISTED_FORCED)
+                if stages is None or sum(len(layout.islands) for layout in choice) == stages
+            )
+            return self._best_of(choices)
+        if math.prod(len(block) for block in blocks) <= LISTED_LAYOUTS:
+            return self._best_of(itertools.product(*blocks))
+        return self._descend(blocks)
+
+    def _best_of(self, choices: Iterable[Block]) -> Candidate | None:
+        wish = self.constraints.min_latency
+        best: Candidate | None = None
+        for choice in choices:
+            if self.exhausted:
+                break
+            candidate = self._assemble(choice)
+            if candidate is not None and (best is None or candidate.cost(wish) < best.cost(wish)):
+                best = candidate
+        return best
+
+    def _assemble(self, choice: Sequence[Layout]) -> Candidate | None:
+        return self.assembler.best([island for layout in choice for island in layout.islands])
+
+    def _descend(self, blocks: Sequence[Block]) -> Candidate | None:
+        """Change one site's layout at a time while that helps, from the roomiest choice and from the fastest."""
+        wish = self.constraints.min_latency
+        starts = [
+            [max(block, key=lambda layout: (layout.usable_bytes, -len(layout.islands))) for block in blocks],
+            [max(block, key=lambda layout: sum(node.speed for node in layout.islands[0])) for block in blocks],
+        ]
+        best: Candidate | None = None
+        for start in starts:
+            choice, here = start, self._assemble(start)
+            improved = True
+            while improved and not self.exhausted:
+                improved = False
+                for index, block in enumerate(blocks):
+                    for layout in block:
+                        changed = [*choice[:index], layout, *choice[index + 1 :]]
+                        candidate = self._assemble(changed) if layout != choice[index] else None
+                        if candidate is not None and (here is None or candidate.cost(wish) < here.cost(wish)):
+                            choice, here, improved = changed, candidate, True
+            if here is not None and (best is None or here.cost(wish) < best.cost(wish)):
+                best = here
+        return best
+
+    def _site(self, name: str) -> Block:
+        nodes = self.picture.nodes[name]
+        if self.constraints.forced:
+            return tuple(forced_layouts(nodes, self.model, self.constraints))
+        return tuple(site_layouts(nodes, self.model, self.strategy))
+
+    def _near(self) -> dict[frozenset[str], Block]:
+        if self.strategy == "pipeline":
+            return {}
+        if self.constraints.forced:
+            forced = forced_clusters(self.picture, self.model, self.constraints)
+            return {names: tuple(layouts) for names, layouts in forced.items()}
+        near = clusters(self.picture, self.model)
+        found = {g: tuple(cluster_layouts([self.picture.nodes[n] for n in sorted(g)], self.model)) for g in near}
+        return {group: block for group, block in found.items() if block}
+
+    @staticmethod
+    def _only(block: Block, *, widest: bool) -> Block:
+        """The widest tensor-parallel layout where the site has one, else its single devices; or always the latter."""
+        wide = tuple(layout for layout in block if layout.widest and not layout.alone)
+        return wide if widest and wide else tuple(layout for layout in block if layout.alone)
+
+    def _singly(self, names: frozenset[str]) -> list[Block]:
+        return [self._layouts[name] for name in sorted(names)]
+
+    def _partitions(self, names: frozenset[str]) -> Iterator[list[Block]]:
+        """Every way to group the sites into clusters and single sites."""
+        if not names:
+            yield []
+            return
+        first = min(names)
+        for rest in self._partitions(names - {first}):
+            yield [self._layouts[first], *rest]
+        for group, block in self._clusters.items():
+            if first in group and group <= names:
+                for rest in self._partitions(names - group):
+                    yield [block, *rest]
+
+    def _most_sites(self) -> int:
+        most = len(self.picture.sites)
+        if self.constraints.max_sites is not None:
+            most = min(most, self.constraints.max_sites)
+        return most if self._clusters else min(most, self.constraints.stages or self.model.layers)
+
+    def _sets(self, size: int, best: Candidate | None) -> Iterator[frozenset[str]]:
+        """Sets of sites that have the memory, and might be faster than what is found where only speed counts."""
+        least = self.assembler.least_bytes
+        roomiest = sorted(self._room.values(), reverse=True)
+        if sum(roomiest[:size]) < least:
+            return
+        if math.comb(len(self.picture.sites), size) <= LISTED_SETS:
+            for names in itertools.combinations(self.picture.sites, size):
+                fits = sum(self._room[name] for name in names) >= least
+                if fits and not self._hopeless(frozenset(names), best):
+                    yield frozenset(names)
+            return
+        yield from self._grown(size, roomiest)
+
+    def _hopeless(self, names: frozenset[str], best: Candidate | None) -> bool:
+        """Whether a lower bound on the latency of these sites is above what is found already."""
+        if best is None or self.constraints.min_latency != "low":
+            return False
+        blocks = [group for group in self._clusters if group <= names] + [frozenset([name]) for name in names]
+        speed = max(sum(node.speed for name in group for node in self.picture.nodes[name]) for group in blocks)
+        bound_s = self.model.layers * (self.model.layer_bytes - 2 * self.model.activation_bytes) / speed
+        if len(names) > 1 and not any(group <= names for group in self._clusters):
+            bound_s += sum(min(self.picture.path(a, b).one_way_s for b in names if b != a) for a in names)
+        return bound_s > best.token_s
+
+    def _grown(self, size: int, roomiest: Sequence[int]) -> Iterator[frozenset[str]]:
+        """From every site the set that stays nearest and can still hold the model; then swaps around the best set."""
+        seen: set[frozenset[str]] = set()
+        for start in self.picture.sites:
+            names = self._grow(start, size, roomiest)
+            if names is not None and names not in seen:
+                seen.add(names)
+                yield names
+        wish = self.constraints.min_latency
+        while not self.exhausted:
+            done = [(c.cost(wish), names) for names in seen if (c := self._found.get(names)) is not None]
+            if not done:
+                return
+            centre = min(done, key=lambda entry: entry[0])[1]
+            swaps = [
+                centre - {out} | {into} for out in sorted(centre) for into in self.picture.sites if into not in centre
+            ]
+            fresh = [names for names in swaps if names not in seen]
+            if not fresh:
+                return
+            for names in fresh:
+                seen.add(names)
+                if sum(self._room[name] for name in names) >= self.assembler.least_bytes:
+                    yield names
+
+    def _grow(self, start: str, size: int, roomiest: Sequence[int]) -> frozenset[str] | None:
+        names = [start]
+        while len(names) < size:
+            left = size - len(names) - 1
+            missing = self.assembler.least_bytes - sum(self._room[name] for name in names)
+            can = [s for s in self.picture.sites if s not in names and self._room[s] + sum(roomiest[:left]) >= missing]
+            if not can:
+                return None
+            names.append(min(can, key=lambda s: (min(self.picture.path(n, s).one_way_s for n in names), s)))
+        return frozenset(names)

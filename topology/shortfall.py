@@ -1,0 +1,111 @@
+"""What to tell a user whom no plan satisfies: each constraint that stands in the way, and by how much.
+
+A constraint is in the way if a plan exists once it alone is lifted. Where none is by itself, memory is measured against
+what the model takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from topology.candidate import Candidate
+from topology.constraints import Constraints
+from topology.cost import needed_bytes
+from topology.errors import Shortfall
+from topology.model import ModelSpec
+from topology.picture import Picture, look
+from topology.search import Outcome, Search
+from topology.snapshot import Snapshot
+
+
+def shortfalls(
+    snapshot: Snapshot,
+    model: ModelSpec,
+    context: int,
+    constraints: Constraints,
+    *,
+    strategy: str,
+    held: Mapping[str, int],
+    outcome: Outcome | None,
+) -> tuple[Shortfall, ...]:
+    """Per constraint, what is required, available and missing. Never empty."""
+
+    def tried(wishes: Constraints, *, ignore_unreachable: bool = False) -> Candidate | None:
+        picture = look(snapshot, model, wishes, reserve=False, held=held, ignore_unreachable=ignore_unreachable)
+        return Search(picture, model, context, wishes, strategy).run().best
+
+    picture = look(snapshot, model, constraints, reserve=False, held=held)
+    found: list[Shortfall] = []
+    limit = constraints.max_token_latency_ms
+    if limit is not None and outcome is not None and outcome.fastest is not None:
+        quickest = tried(replace(constraints, max_token_latency_ms=None, min_latency="low")) or outcome.fastest
+        took = quickest.token_s * 1e3
+        return (Shortfall("max_token_latency_ms", limit, took, took - limit, "ms"),)
+    if not picture.sites:
+        return (_nowhere(snapshot, constraints),)
+    if constraints.forced:
+        found += _shape(constraints, picture, model)
+    if constraints.max_sites is not None:
+        fewest = tried(replace(constraints, max_sites=None))
+        if fewest is not None:
+            needs = len(fewest.sites)
+            found.append(Shortfall("max_sites", needs, constraints.max_sites, needs - constraints.max_sites, "sites"))
+    joined = tried(constraints, ignore_unreachable=True)
+    if joined is not None:
+        leads = [each.nodes[0].site for each in joined.fits]
+        pairs = list(zip(leads, [*leads[1:], leads[0]], strict=True))
+        cut = sum(not picture.path(a, b).reachable for a, b in pairs)
+        found.append(Shortfall("reachable links", len(pairs), len(pairs) - cut, max(cut, 1), "links"))
+    for name, lifted in (
+        ("sites", replace(constraints, sites=())),
+        ("exclude_sites", replace(constraints, exclude_sites=())),
+        ("regions", replace(constraints, regions=())),
+    ):
+        if lifted != constraints:
+            wider = tried(lifted)
+            if wider is not None:
+                here = len(picture.sites)
+                extra = len(wider.sites - set(picture.sites))
+                found.append(Shortfall(name, here + extra, here, extra, "sites"))
+    if not found or (joined is None and not constraints.forced):
+        found.insert(0, _memory(picture, model, context, constraints))
+    return tuple(found)
+
+
+def _memory(picture: Picture, model: ModelSpec, context: int, constraints: Constraints) -> Shortfall:
+    """Bytes of the model over as many stages as could take part, against the room of the roomiest of the sites."""
+    rooms = sorted((sum(n.usable_bytes for n in picture.nodes[name]) for name in picture.sites), reverse=True)
+    most = min(len(rooms), constraints.max_sites or len(rooms), model.layers)
+    available = sum(rooms[:most])
+    need = needed_bytes(model, context, most)
+    if need <= available:
+        # There is room in all, but whole layers do not fit into the pieces: one layer's worth is missing at least.
+        piece = model.layer_bytes + model.kv_bytes_per_token(1) * context
+        return Shortfall("memory", available + piece, available, piece, "bytes")
+    return Shortfall("memory", need, available, need - available, "bytes")
+
+
+def _nowhere(snapshot: Snapshot, constraints: Constraints) -> Shortfall:
+    """No site is left: by the constraints, or because no site has a usable device."""
+    for name in ("regions", "exclude_sites", "sites"):
+        if getattr(constraints, name) and snapshot.sites:
+            return Shortfall(name, 1, 0, 1, "sites")
+    return Shortfall("sites", 1, 0, 1, "sites")
+
+
+def _shape(constraints: Constraints, picture: Picture, model: ModelSpec) -> list[Shortfall]:
+    """Devices that the overrides ask for and the mesh does not have."""
+    devices = sum(len(nodes) for nodes in picture.nodes.values())
+    stages = constraints.stages or 1
+    if isinstance(constraints.shards, tuple):
+        wanted, widest = sum(constraints.shards), max(constraints.shards)
+    else:
+        widest = constraints.shards or 1
+        wanted = widest * stages
+    found = []
+    if stages > devices:
+        found.append(Shortfall("stages", stages, devices, stages - devices, "devices"))
+    elif wanted > devices:
+        found.append(Shortfall("shards", wanted, devices, wanted - devices, "devices"))
+    return found
