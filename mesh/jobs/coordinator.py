@@ -298,12 +298,20 @@ class Coordinator:
             self._room.set()
             await self._stop(request)
 
+    async def idle(self) -> None:
+        """Wait until no request is live. The caller bounds the wait."""
+        while self.requests:
+            await self._request_ended()
+
+    async def _request_ended(self) -> None:
+        self._room = trio.Event()
+        await self._room.wait()
+
     async def _take_room(self, tokens: int, context: int) -> None:
         """Wait until the KV caches, sized for `context` tokens in all, have room for `tokens` more."""
         while self._reserved_tokens and self._reserved_tokens + tokens > context:
             self.job.raise_if_ended()
-            self._room = trio.Event()
-            await self._room.wait()
+            await self._request_ended()
         self._reserved_tokens += tokens
 
     async def _next_event(self, request: Request) -> mesh_pb2.GenerateEvent:

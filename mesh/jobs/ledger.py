@@ -67,8 +67,8 @@ class Ledger:
     async def close(self, grace_s: float) -> None:
         """Let live requests finish for up to `grace_s` seconds, then end every job."""
         with trio.move_on_after(grace_s):
-            while any(coordinator.requests for coordinator in self):
-                await trio.sleep(0.05)
+            for coordinator in self:
+                await coordinator.idle()
         for coordinator in self:
             coordinator.cancel()
         with trio.move_on_after(grace_s):

@@ -1,7 +1,7 @@
 """Where gRPC's threads meet trio: a handler thread runs its work as a trio task; the end of a call ends that task.
 
-The server side uses grpcio's thread pool; `grpc.aio` does not run under trio. Work handed to trio with a token runs as a
-system task, which the RPC's own cancellation does not reach, so each call carries a cancel scope that its end cancels.
+The server side uses grpcio's thread pool; `grpc.aio` does not run under trio. Work handed to trio with a token runs as
+a system task, which the RPC's own cancellation does not reach, so each call carries a cancel scope that its end cancels.
 """
 
 from __future__ import annotations

@@ -81,7 +81,11 @@ class MeshServicer(mesh_pb2_grpc.MeshServicer):
         if (owner := self._owner(request.job, context)) is not None:
             yield from _passed_on(context, owner, lambda stub: stub.Watch(request))
             return
-        yield from self._bridge.stream(context, lambda: self._ledger.get(request.job).job.watch())
+
+        def source() -> AsyncGenerator[mesh_pb2.JobStatus, None]:
+            return self._ledger.get(request.job).job.watch()
+
+        yield from self._bridge.stream(context, source)
 
     def Jobs(self, request: mesh_pb2.JobsRequest, context: grpc.ServicerContext) -> mesh_pb2.JobsReply:
         """The jobs this peer owns, whole, and those of others as gossip tells of them."""

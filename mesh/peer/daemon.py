@@ -89,6 +89,7 @@ class Peer:
 
     def __init__(
         self,
+        *,
         config: PeerConfig,
         gossip: Any,
         ledger: Ledger,
@@ -121,8 +122,7 @@ class Peer:
         await self._ledger.close(GRACE_S)
         await self._gossip.leave(LEAVE_S)
         with trio.move_on_after(GRACE_S):
-            while self._service.busy:
-                await trio.sleep(0.05)
+            await self._service.idle()
 
     def publish_load(self) -> None:
         """Tell the mesh how much memory is left."""
@@ -242,11 +242,18 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
         def delay_s(site: str) -> float:
             return config.emulate.get(_address_of(gossip, site), 0.0) / 2000.0
 
-        service = PeerService(config.site, pool, devices, delay_s=delay_s, on_load=lambda: peer.publish_load())
+        # The parts report to the peer, which is made of them: it is bound when the first report comes.
+        def publish_load() -> None:
+            peer.publish_load()
+
+        def publish_jobs() -> None:
+            peer.publish_jobs()
+
+        service = PeerService(config.site, pool, devices, delay_s=delay_s, on_load=publish_load)
         view = MeshView(config.site, gossip, service)
         inspector = SubprocessInspector(config.data_dir / "models")
-        ledger = Ledger(config.site, view, inspector, nursery, lambda: peer.publish_jobs())
-        peer = Peer(config, gossip, ledger, view, service, devices)
+        ledger = Ledger(config.site, view, inspector, nursery, publish_jobs)
+        peer = Peer(config=config, gossip=gossip, ledger=ledger, view=view, service=service, devices=devices)
         gossip.publish("capabilities", _capabilities(config, devices))
         peer.publish_load()
         bridge = Bridge()

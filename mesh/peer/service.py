@@ -55,6 +55,7 @@ class PeerService:
         self._delay_s = delay_s
         self._on_load = on_load
         self._jobs: dict[str, Served] = {}
+        self._ended = trio.Event()
 
     def free_bytes(self) -> dict[str, int]:
         """What is left of each device's memory, by device name."""
@@ -64,10 +65,11 @@ class PeerService:
             free[name] = max(0, local.device.free_bytes - held)
         return free
 
-    @property
-    def busy(self) -> bool:
-        """Whether this peer holds workers for somebody."""
-        return any(job.reserved_bytes for job in self._jobs.values())
+    async def idle(self) -> None:
+        """Wait until this peer holds workers for nobody. The caller bounds the wait."""
+        while any(job.reserved_bytes for job in self._jobs.values()):
+            self._ended = trio.Event()
+            await self._ended.wait()
 
     async def prepare(self, request: peer_pb2.PrepareRequest, progress: Progress) -> dict[str, bytes]:
         """Load one shard on a device of this site. Raises WorkerError where memory is short or the worker fails."""
@@ -170,6 +172,7 @@ class PeerService:
             job.reserved_bytes.pop(device, None)
         if not job.reserved_bytes and not job.listeners:
             self._jobs.pop(name, None)
+        self._ended.set()
         self._on_load()
 
     def _admit(self, name: str, message: peer_pb2.Epoch) -> Served:
