@@ -37,9 +37,10 @@ POLL_S = 0.2
 #: The command line of a peer, in the interpreter that runs the drill.
 MESH = (sys.executable, "-c", "import sys; from mesh.cli import main; sys.exit(main())")
 
-# Reads process group numbers, one a line. "+n" watches group n, "-n" forgets it; at the end of input all are killed.
+# Reads process group numbers, one a line. "+n" watches group n, "-n" forgets it; at the end of input all are killed and
+# the folder of the drill is removed.
 _GUARDIAN = """
-import os, signal, sys
+import os, shutil, signal, sys
 groups = set()
 for line in sys.stdin:
     (groups.add if line[0] == "+" else groups.discard)(int(line[1:]))
@@ -48,6 +49,7 @@ for group in groups:
         os.killpg(group, signal.SIGKILL)
     except ProcessLookupError:
         pass
+shutil.rmtree(sys.argv[1], ignore_errors=True)
 """
 
 
@@ -70,7 +72,8 @@ class Fleet:
     """The peers of a drill, by site name. A context manager: inside it the peers run, after it none is left.
 
     `rtts_ms` holds emulated round trips by unordered pair of sites; a pair that is not there is as near as loopback is.
-    `settings` are configuration keys for every peer (`transport`, `reserve`).
+    `settings` are configuration keys for every peer (`transport`, `reserve`). `command` is what `up --config FILE` is
+    appended to.
     """
 
     def __init__(
@@ -80,10 +83,12 @@ class Fleet:
         rtts_ms: Mapping[frozenset[str], float] | None = None,
         settings: Mapping[str, Any] | None = None,
         http: bool = False,
+        command: Sequence[str] = MESH,
     ) -> None:
         self.sites = {site.name: site for site in sites}
         self._rtts_ms = dict(rtts_ms or {})
         self._settings = dict(settings or {})
+        self._command = tuple(command)
         ports = free_ports(len(sites) * (2 if http else 1))
         self._addresses = {site.name: f"127.0.0.1:{port}" for site, port in zip(sites, ports, strict=False)}
         web = ports[len(sites) :]
@@ -95,7 +100,10 @@ class Fleet:
     def __enter__(self) -> Fleet:
         self._root = Path(tempfile.mkdtemp(prefix="isthmus-drill-"))
         self._guardian = subprocess.Popen(
-            [sys.executable, "-c", _GUARDIAN], stdin=subprocess.PIPE, text=True, start_new_session=True
+            [sys.executable, "-c", _GUARDIAN, str(self._root)],
+            stdin=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         try:
             for name in self.sites:
@@ -144,7 +152,7 @@ class Fleet:
         config.write_text(_toml(self._configuration(site)))
         with (self._root / f"{site}.log").open("ab") as log:
             process = subprocess.Popen(
-                [*MESH, "up", "--config", str(config)],
+                [*self._command, "up", "--config", str(config)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
