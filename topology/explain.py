@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from topology.candidate import Candidate
 from topology.constraints import Constraints
 from topology.cost import decode_s, slowest_path, width
@@ -9,7 +11,13 @@ from topology.errors import megabytes
 from topology.islands import tensor_parallel_rtt_s
 from topology.model import ModelSpec
 from topology.picture import Picture
+from topology.ring import EXACT, ring_s
 from topology.search import Search
+
+#: Predictions closer than this are called the same.
+SAME: Final = 0.01
+#: Sets of sites looked at for rivals, at most.
+MAX_RIVAL_SETS: Final = 64
 
 #: What `min_latency` asks, in words.
 WISHES = {
@@ -35,7 +43,7 @@ def why(
         lines += _tensor_parallelism(search, chosen)
     lines += _islands(chosen, picture, model)
     if len(chosen.fits) > 1:
-        lines.append(_ring(chosen, picture))
+        lines.append(_ring(search, chosen))
     lines.append(_memory(chosen, context))
     if not reserve:
         lines.append("it uses the reserve: the loss of another site could not be absorbed")
@@ -71,16 +79,16 @@ def _headline(chosen: Candidate, constraints: Constraints) -> str:
 def _rivals(search: Search, chosen: Candidate) -> list[str]:
     """The best of each other kind, near at hand: on single sites, on the chosen ones, on these with one more."""
     sites = search.picture.sites
-    sets = [frozenset([name]) for name in sites] + [chosen.sites]
-    sets += [chosen.sites | {name} for name in sites if name not in chosen.sites and len(chosen.sites) == 1]
+    sets = [chosen.sites] + [frozenset([name]) for name in sites]
+    if len(chosen.sites) == 1:
+        sets += [chosen.sites | {name} for name in sites if name not in chosen.sites]
+    del sets[MAX_RIVAL_SETS:]
     kinds = ["single"] if search.strategy == "pipeline" else ["single", "tensor_parallelism"]
     lines = []
     for kind in [*kinds, "pipeline"]:
         if kind == chosen.strategy or search.constraints.forced:
             continue
-        found = [
-            search.family(names, kind) for names in sets[: 2 * len(sites) + 1] if kind != "single" or len(names) == 1
-        ]
+        found = [search.family(names, kind) for names in sets if kind != "single" or len(names) == 1]
         rivals = [rival for rival in found if rival is not None and rival.strategy in (kind, "hybrid")]
         best = min(rivals, key=lambda rival: rival.cost("low"), default=None)
         name = {"single": "one device", "tensor_parallelism": "tensor parallelism", "pipeline": "a pipeline"}[kind]
@@ -88,19 +96,21 @@ def _rivals(search: Search, chosen: Candidate) -> list[str]:
             if kind == "single":
                 lines.append(_no_single(search))
         elif best.identity != chosen.identity:
-            if best.token_s < chosen.token_s:
+            if abs(best.token_s / chosen.token_s - 1) < SAME:
+                reason = "as fast to within 1 %"
+            elif best.token_s < chosen.token_s:
                 reason = "faster, but not what was asked for"
             else:
-                reason = f"{best.token_s / chosen.token_s:.2f} times as long"
+                reason = f"{best.token_s / chosen.token_s:.3g} times as long"
             lines.append(f"the best with {name} would be {describe(best)}, {reason}")
     return lines
 
 
 def _no_single(search: Search) -> str:
     nodes = [node for name in search.picture.sites for node in search.picture.nodes[name]]
-    roomiest = max(nodes, key=lambda node: (node.usable_bytes, node.key))
+    roomiest = min(nodes, key=lambda node: (-node.usable_bytes, node.key))
     need = search.assembler.least_bytes
-    fastest = max(nodes, key=lambda node: node.speed)
+    fastest = min(nodes, key=lambda node: node.rank)
     return (
         f"no single device holds the model: it needs {megabytes(need)} and {roomiest.key}, the roomiest, has "
         f"{megabytes(roomiest.usable_bytes)} (one that did, at the speed of {fastest.key}, would read its weights in "
@@ -109,7 +119,10 @@ def _no_single(search: Search) -> str:
 
 
 def _tensor_parallelism(search: Search, chosen: Candidate) -> list[str]:
-    lines = []
+    lines: list[str] = []
+    only = sorted(name for name in chosen.sites if len(search.picture.nodes[name]) == 1)
+    if only:
+        lines.append(f"one device, so nothing to split inside: {', '.join(only)}")
     for each in chosen.fits:
         site = each.nodes[0].site
         usable = search.picture.nodes[site]
@@ -117,8 +130,6 @@ def _tensor_parallelism(search: Search, chosen: Candidate) -> list[str]:
             wide = search.family(frozenset([site]), "tensor_parallelism")
             rival = f": tensor parallelism there would take {_ms(wide.token_s)}" if wide is not None else ""
             lines.append(f"{site} has {len(usable)} devices, but {each.nodes[0].key} alone is predicted faster{rival}")
-        elif len(usable) == 1:
-            lines.append(f"{site} has one device, so there is nothing to split inside it")
     return lines
 
 
@@ -138,15 +149,23 @@ def _islands(chosen: Candidate, picture: Picture, model: ModelSpec) -> list[str]
     return lines
 
 
-def _ring(chosen: Candidate, picture: Picture) -> str:
+def _ring(search: Search, chosen: Candidate) -> str:
+    picture, size = search.picture, search.model.activation_bytes
     leads = [each.nodes[0].site for each in chosen.fits]
     pairs = list(zip(leads, [*leads[1:], leads[0]], strict=True))
     total_s = sum(picture.path(a, b).one_way_s for a, b in pairs)
     layers = ", ".join(f"{each.nodes[0].key} {n}" for each, n in zip(chosen.fits, chosen.counts, strict=True))
     guessed = sorted({f"{min(a, b)} - {max(a, b)}" for a, b in pairs if not picture.path(a, b).measured})
     suffix = f"; not measured, a pessimistic guess: {', '.join(guessed)}" if guessed else ""
-    hops = " -> ".join([*leads, leads[0]])
-    return f"the ring {hops} has the least latency, {_ms(total_s)} a turn; layers: {layers}{suffix}"
+    stops = leads if len(set(leads)) == len(leads) else [each.nodes[0].key for each in chosen.fits]
+    hops = " -> ".join([*stops, stops[0]])
+    islands = sorted((each.nodes for each in chosen.fits), key=lambda nodes: [node.rank for node in nodes])
+    cost = [[search.assembler.hop_s(a[0].site, b[0].site, size) for b in islands] for a in islands]
+    least_s = min((ring_s(cost, order) for order in search.assembler.rings(islands)), default=0.0)
+    taken_s = sum(search.assembler.hop_s(a, b, size) for a, b in pairs)
+    among = "the least found" if len(islands) > EXACT else "the least of all orders"
+    praise = f", {among}" if taken_s <= least_s * (1 + 1e-9) else ""
+    return f"the ring {hops} takes {_ms(total_s)} a turn{praise}; layers: {layers}{suffix}"
 
 
 def _memory(chosen: Candidate, context: int) -> str:

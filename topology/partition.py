@@ -23,7 +23,7 @@ from topology.keep import kept, steadiest
 from topology.model import DTYPE_BYTES, ModelSpec
 from topology.picture import check_names, look
 from topology.plan import Plan
-from topology.search import Search
+from topology.search import Outcome, Search
 from topology.shortfall import shortfalls
 from topology.snapshot import Snapshot
 
@@ -53,7 +53,7 @@ def partition(
     wishes = Constraints.parse(constraints)
     if strategy not in STRATEGIES:
         raise ConstraintError(f"unknown strategy {strategy!r}: {nearest(str(strategy), STRATEGIES, 'known')}")
-    if strategy == "pipeline" and wishes.shards not in (None, 1) and set(_widths(wishes)) != {1}:
+    if strategy == "pipeline" and set(_widths(wishes)) != {1}:
         raise ConstraintError("strategy 'pipeline' has one shard a stage: leave shards out or take another strategy")
     if previous is None:
         check_names(snapshot, wishes)
@@ -61,20 +61,27 @@ def partition(
     context = wishes.context or min(model.context, DEFAULT_CONTEXT)
     _possible(model, wishes, context)
     held = {shard.key: shard.memory_bytes for stage in previous.stages for shard in stage.shards} if previous else {}
-    outcome = None
-    for reserve in (True, False):
-        picture = look(snapshot, model, wishes, reserve=reserve, held=held)
-        search = Search(picture, model, context, wishes, strategy)
+    attempts = [(wishes, True), (wishes, False)]
+    if previous is not None and wishes.forced:
+        # A loss can make a forced shape impossible; a running job goes on in another shape.
+        free = replace(wishes, stages=None, shards=None)
+        attempts += [(free, True), (free, False)]
+    outcome: Outcome | None = None
+    for asked, reserve in attempts:
+        picture = look(snapshot, model, asked, reserve=reserve, held=held)
+        search = Search(picture, model, context, asked, strategy)
         outcome = search.run()
         if outcome.best is None:
             continue
         chosen, extra = outcome.best, tuple[str, ...]()
         if previous is not None:
             chosen, extra = steadiest(search, chosen, kept(search, previous, outcome.best), previous)
+        if asked is not wishes:
+            extra += (f"the forced shape, stages={wishes.stages} shards={wishes.shards}, is no longer possible",)
         reasons = why(search, chosen, context, reserve=reserve, extra=extra, cut_short=outcome.cut_short)
         return chosen.plan(model, context, reasons)
     missing = shortfalls(snapshot, model, context, wishes, strategy=strategy, held=held, outcome=outcome)
-    raise NoFeasiblePlan(model.name, missing, picture.notes)
+    raise NoFeasiblePlan(model.name, missing, look(snapshot, model, wishes).notes)
 
 
 def _widths(constraints: Constraints) -> tuple[int, ...]:

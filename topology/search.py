@@ -24,8 +24,8 @@ LISTED_SETS: Final = 500
 LISTED_LAYOUTS: Final = 48
 #: The same where an override narrows the choices down by itself.
 LISTED_FORCED: Final = 4096
-#: Candidates assembled at most, each about 0.3 ms: bounds planning to a few seconds on any mesh.
-MAX_ASSEMBLED: Final = 6000
+#: Work spent at most, in units of about 0.1 ms (`Assembler.work`): bounds planning to some seconds on any mesh.
+MAX_WORK: Final = 40_000
 
 Block = tuple[Layout, ...]  # the layouts to choose from, for one site or one cluster
 
@@ -73,7 +73,7 @@ class Search:
     @property
     def exhausted(self) -> bool:
         """Whether the budget is spent."""
-        return self.assembler.assembled >= MAX_ASSEMBLED
+        return self.assembler.work >= MAX_WORK
 
     def meets(self, candidate: Candidate) -> bool:
         """Whether the candidate is within the latency limit."""
@@ -89,14 +89,26 @@ class Search:
     def _preferred(self, names: frozenset[str]) -> Candidate | None:
         wish = self.constraints.min_latency
         if self.strategy == "tensor_parallelism" and wish != "low" and not self.constraints.forced:
-            wide = self._choose([self._only(block, widest=True) for block in self._singly(names)])
+            wide = self._least(
+                self._choose([self._only(block, widest=True) for block in blocks])
+                for blocks in self._partitions(names)
+                if any(layout.widest and not layout.alone for block in blocks for layout in block)
+            )
             if wide is not None:
                 narrow = self._choose([self._only(block, widest=False) for block in self._singly(names)])
                 if narrow is None or wide.token_s <= narrow.token_s:
                     return wide
-        found = [self._choose(blocks) for blocks in self._partitions(names)]
-        good = [candidate for candidate in found if candidate is not None]
-        return min(good, key=lambda candidate: candidate.cost(wish), default=None)
+        return self._least(self._choose(blocks) for blocks in self._partitions(names))
+
+    def _least(self, candidates: Iterable[Candidate | None]) -> Candidate | None:
+        best: Candidate | None = None
+        wish = self.constraints.min_latency
+        for candidate in candidates:
+            if candidate is not None and (best is None or candidate.cost(wish) < best.cost(wish)):
+                best = candidate
+            if self.exhausted:
+                break
+        return best
 
     def family(self, names: frozenset[str], kind: str) -> Candidate | None:
         """The best on these sites of one kind: "single", "tensor_parallelism" or "pipeline". To explain a choice."""
@@ -104,8 +116,8 @@ class Search:
         if kind == "single":
             wanted = [tuple(layout for layout in block if layout.alone) for block in blocks]
         elif kind == "tensor_parallelism":
-            wanted = [tuple(x for x in block if x.alone or (len(x.islands) == 1 and not x.alone)) for block in blocks]
-            wanted = [tuple(x for x in block if not x.alone) or block for block in wanted]
+            split = [tuple(x for x in block if len(x.islands) == 1 and not x.alone) for block in blocks]
+            wanted = [wide or tuple(x for x in block if x.alone) for wide, block in zip(split, blocks, strict=True)]
         else:
             wanted = [tuple(x for x in b if all(len(island) == 1 for island in x.islands)) for b in blocks]
             if len(names) == 1:
@@ -129,15 +141,7 @@ class Search:
         return self._descend(blocks)
 
     def _best_of(self, choices: Iterable[Block]) -> Candidate | None:
-        wish = self.constraints.min_latency
-        best: Candidate | None = None
-        for choice in choices:
-            if self.exhausted:
-                break
-            candidate = self._assemble(choice)
-            if candidate is not None and (best is None or candidate.cost(wish) < best.cost(wish)):
-                best = candidate
-        return best
+        return self._least(self._assemble(choice) for choice in choices)
 
     def _assemble(self, choice: Sequence[Layout]) -> Candidate | None:
         return self.assembler.best([island for layout in choice for island in layout.islands])
@@ -221,7 +225,7 @@ class Search:
                 if fits and not self._hopeless(frozenset(names), best):
                     yield frozenset(names)
             return
-        yield from self._grown(size, roomiest)
+        yield from (names for names in self._grown(size, roomiest) if not self._hopeless(names, best))
 
     def _hopeless(self, names: frozenset[str], best: Candidate | None) -> bool:
         """Whether a lower bound on the latency of these sites is above what is found already."""
