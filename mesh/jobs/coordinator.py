@@ -34,6 +34,8 @@ PING_DEADLINE_S = 2.0
 STALL_S = 60.0
 #: A site that was lost is not planned on again for this long, unless gossip says meanwhile that it is gone anyway.
 QUARANTINE_S = 30.0
+#: Clients hear at least this often from a request that waits: for room, for a prefill, or for a recovery.
+HEARTBEAT_S = 10.0
 #: Set-ups that may fail one after the other before the job does.
 MAX_ATTEMPTS = 5
 
@@ -277,7 +279,11 @@ class Coordinator:
         if len(prompt) >= context:
             raise RequestError(f"the prompt has {len(prompt)} tokens: the context of this job holds {context}")
         budget = min(len(prompt) + options.max_tokens, context)
-        await self._take_room(budget, context)
+        while not self._take_room(budget, context):
+            yield mesh_pb2.GenerateEvent()
+            with trio.move_on_after(HEARTBEAT_S):
+                await self._request_ended()
+            self.job.raise_if_ended()
         self._serial += 1
         request = Request(f"{self.job.id}.{self._serial}", prompt, options, self._text, self._info.eos)
         self.requests[request.name] = request
@@ -307,20 +313,23 @@ class Coordinator:
         self._room = trio.Event()
         await self._room.wait()
 
-    async def _take_room(self, tokens: int, context: int) -> None:
-        """Wait until the KV caches, sized for `context` tokens in all, have room for `tokens` more."""
-        while self._reserved_tokens and self._reserved_tokens + tokens > context:
-            self.job.raise_if_ended()
-            await self._request_ended()
+    def _take_room(self, tokens: int, context: int) -> bool:
+        """Reserve KV-cache room, sized for `context` tokens in all, for `tokens` more. False where there is none."""
+        if self._reserved_tokens and self._reserved_tokens + tokens > context:
+            return False
         self._reserved_tokens += tokens
+        return True
 
     async def _next_event(self, request: Request) -> mesh_pb2.GenerateEvent:
-        while True:
-            event = request.take()
-            if event is not None:
-                return event
-            self.job.raise_if_ended()
-            await request.arrived()
+        """The next event; an empty one after a silence, so that the client knows that somebody is there."""
+        with trio.move_on_after(HEARTBEAT_S):
+            while True:
+                event = request.take()
+                if event is not None:
+                    return event
+                self.job.raise_if_ended()
+                await request.arrived()
+        return mesh_pb2.GenerateEvent()
 
     async def _start(self, request: Request) -> None:
         """Start, or start again, at the lead of the first stage. A failure there is a suspicion, not an end."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import trio
 
-from mesh.errors import ConfigError, JobNotFound, PlanError
+from mesh.errors import JobNotFound, PlanError, RequestError
 from mesh.jobs.coordinator import Coordinator
 from mesh.jobs.job import Job
 from mesh.jobs.model import Inspector
@@ -37,7 +37,7 @@ class Ledger:
         return iter(list(self._coordinators.values()))
 
     def submit(self, model: str, strategy: str, constraints: dict[str, Any]) -> Job:
-        """Begin a job. Raises ConfigError for a strategy or a constraint that does not exist."""
+        """Begin a job. Raises RequestError for a strategy or a constraint that does not exist."""
         coordinator = self._coordinator(model, strategy, constraints)
         self._coordinators[coordinator.job.id] = coordinator
         self._forget_old()
@@ -78,11 +78,11 @@ class Ledger:
 
     def _coordinator(self, model: str, strategy: str, constraints: dict[str, Any]) -> Coordinator:
         if strategy not in STRATEGIES:
-            raise ConfigError(f"strategy {strategy!r} is unknown: it is one of {', '.join(STRATEGIES)}")
+            raise RequestError(f"strategy {strategy!r} is unknown: it is one of {', '.join(STRATEGIES)}")
         try:
             Constraints.parse(constraints)
         except ConstraintError as error:
-            raise ConfigError(str(error)) from None
+            raise RequestError(str(error)) from None
         job = Job(secrets.token_hex(4), model, strategy, constraints, self._site)
         return Coordinator(job, self._view, self._inspector, self._on_change)
 

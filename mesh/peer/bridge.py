@@ -1,7 +1,7 @@
 """Where gRPC's threads meet trio: a handler thread runs its work as a trio task; the end of a call ends that task.
 
 The server side uses grpcio's thread pool; `grpc.aio` does not run under trio. Work handed to trio with a token runs as
-a system task, which the RPC's own cancellation does not reach, so each call carries a cancel scope that its end cancels.
+a system task, which the RPC's own cancellation does not reach, so each call carries a scope that its end cancels.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from mesh.errors import JobCancelled, MeshError, PeerUnreachable
 from mesh.wire.errors import abort
 
 Reply = TypeVar("Reply")
+#: Sends the items of a stream; its return is the end of the stream.
+Producer = Callable[[trio.MemorySendChannel[Reply]], Awaitable[None]]
 logger = logging.getLogger(__name__)
 
 #: Items that wait between a stream's task and its handler thread; beyond it the task waits (back-pressure).
@@ -51,10 +53,8 @@ class Bridge:
             abort(context, PeerUnreachable("this peer is stopping"))
         raise AssertionError("abort returned")
 
-    def stream(
-        self, context: grpc.ServicerContext, source: Callable[[], AsyncGenerator[Reply, None]]
-    ) -> Iterator[Reply]:
-        """Yield what the async iterator of `source` gives; the call's end closes the iterator."""
+    def stream(self, context: grpc.ServicerContext, produce: Producer[Reply]) -> Iterator[Reply]:
+        """Yield what `produce` sends into the channel it is given, until it returns; the call's end cancels it."""
         scope = trio.CancelScope()
         send, receive = trio.open_memory_channel[Any](STREAM_BUFFER)
 
@@ -63,9 +63,7 @@ class Bridge:
             async with send:
                 with scope:
                     try:
-                        async with aclosing(source()) as items:
-                            async for item in items:
-                                await send.send(item)
+                        await produce(send)
                     except MeshError as error:
                         await send.send(error)
                     except Exception as error:
@@ -96,3 +94,14 @@ class Bridge:
             self._token.run_sync_soon(scope.cancel)
         except trio.RunFinishedError:
             pass  # the loop has ended, and the task with it
+
+
+def each(source: Callable[[], AsyncGenerator[Reply, None]]) -> Producer[Reply]:
+    """The producer that sends every item of an async generator, and closes it at the end."""
+
+    async def produce(send: trio.MemorySendChannel[Reply]) -> None:
+        async with aclosing(source()) as items:
+            async for item in items:
+                await send.send(item)
+
+    return produce

@@ -16,7 +16,7 @@ import trio
 from mesh.client.channel import CANCEL_S, Connection
 from mesh.errors import AddressInUse, JobNotFound, RequestError
 from mesh.jobs.ledger import Ledger
-from mesh.peer.bridge import Bridge
+from mesh.peer.bridge import Bridge, each
 from mesh.peer.config import join_address
 from mesh.peer.service import PeerService
 from mesh.peer.view import MeshView
@@ -85,7 +85,7 @@ class MeshServicer(mesh_pb2_grpc.MeshServicer):
         def source() -> AsyncGenerator[mesh_pb2.JobStatus, None]:
             return self._ledger.get(request.job).job.watch()
 
-        yield from self._bridge.stream(context, source)
+        yield from self._bridge.stream(context, each(source))
 
     def Jobs(self, request: mesh_pb2.JobsRequest, context: grpc.ServicerContext) -> mesh_pb2.JobsReply:
         """The jobs this peer owns, whole, and those of others as gossip tells of them."""
@@ -105,7 +105,10 @@ class MeshServicer(mesh_pb2_grpc.MeshServicer):
     def Cancel(self, request: mesh_pb2.JobRef, context: grpc.ServicerContext) -> mesh_pb2.JobStatus:
         """End a job; returns when it has ended."""
         if (owner := self._owner(request.job, context)) is not None:
-            return next(_passed_on(context, owner, lambda stub: iter([stub.Cancel(request, timeout=CANCEL_S)])))
+            passed_on: mesh_pb2.JobStatus = next(
+                _passed_on(context, owner, lambda stub: iter([stub.Cancel(request, timeout=CANCEL_S)]))
+            )
+            return passed_on
 
         async def work() -> mesh_pb2.JobStatus:
             coordinator = self._ledger.get(request.job)
@@ -128,7 +131,7 @@ class MeshServicer(mesh_pb2_grpc.MeshServicer):
         def source() -> AsyncGenerator[mesh_pb2.GenerateEvent, None]:
             return self._ledger.get(request.job).generate(request)
 
-        yield from self._bridge.stream(context, source)
+        yield from self._bridge.stream(context, each(source))
 
     def _document(self, context: grpc.ServicerContext, make: Callable[[], dict[str, Any]]) -> mesh_pb2.Document:
         async def work() -> mesh_pb2.Document:
@@ -158,28 +161,16 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
     ) -> Iterator[peer_pb2.PrepareEvent]:
         """Load one shard."""
 
-        async def source() -> AsyncGenerator[peer_pb2.PrepareEvent, None]:
-            send, receive = trio.open_memory_channel[tuple[int, int]](1)
-            addresses: dict[str, bytes] = {}
-
+        async def produce(send: trio.MemorySendChannel[peer_pb2.PrepareEvent]) -> None:
             def progress(done: int, total: int) -> None:
                 try:
-                    send.send_nowait((done, total))
+                    send.send_nowait(peer_pb2.PrepareEvent(loaded_bytes=done, total_bytes=total))
                 except trio.WouldBlock:
-                    pass  # the listener is behind: it needs the latest only, and the last always follows
+                    pass  # the owner is behind: a later report replaces this one
 
-            async def load() -> None:
-                nonlocal addresses
-                with send:
-                    addresses = await self._service.prepare(request, progress)
+            await send.send(peer_pb2.PrepareEvent(addresses=await self._service.prepare(request, progress)))
 
-            async with _flat_nursery() as nursery:
-                nursery.start_soon(load)
-                async for done, total in receive:
-                    yield peer_pb2.PrepareEvent(loaded_bytes=done, total_bytes=total)
-            yield peer_pb2.PrepareEvent(addresses=addresses)
-
-        yield from self._bridge.stream(context, source)
+        yield from self._bridge.stream(context, produce)
 
     def Connect(self, request: peer_pb2.ConnectRequest, context: grpc.ServicerContext) -> peer_pb2.Done:
         """Open a shard's channels."""
@@ -204,27 +195,16 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
     def Events(self, request: peer_pb2.EventsRequest, context: grpc.ServicerContext) -> Iterator[peer_pb2.WorkerEvent]:
         """What the job's workers report; the call is the lease on them."""
 
-        async def source() -> AsyncGenerator[peer_pb2.WorkerEvent, None]:
+        async def produce(send: trio.MemorySendChannel[peer_pb2.WorkerEvent]) -> None:
             async with self._service.events(request) as events:
                 async for event in events:
-                    yield event
+                    await send.send(event)
 
-        yield from self._bridge.stream(context, source)
+        yield from self._bridge.stream(context, produce)
 
     def _done(self, context: grpc.ServicerContext, work: Callable[[], Any]) -> peer_pb2.Done:
         self._bridge.call(context, work)
         return peer_pb2.Done()
-
-
-class _flat_nursery:
-    """A nursery for one task, whose one exception comes out bare instead of in a group."""
-
-    async def __aenter__(self) -> trio.Nursery:
-        self._manager = trio.open_nursery(strict_exception_groups=False)
-        return await self._manager.__aenter__()
-
-    async def __aexit__(self, *details: Any) -> bool | None:
-        return await self._manager.__aexit__(*details)
 
 
 def serve(mesh: MeshServicer, peer: PeerServicer, host: str, port: int) -> grpc.Server:

@@ -22,7 +22,7 @@ import grpc
 import trio
 
 from mesh.devices.local import LocalDevice, discover
-from mesh.errors import AddressInUse, ConfigError
+from mesh.errors import AddressInUse, ConfigError, MeshError
 from mesh.gossip.shell import GossipConfig, open_gossip
 from mesh.jobs.ledger import Ledger
 from mesh.jobs.model import SubprocessInspector
@@ -59,7 +59,18 @@ def run(config: PeerConfig) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
     logging.getLogger("hypercorn").setLevel(logging.WARNING)
     with DataDir(config.data_dir) as data:
-        trio.run(_guarded, config, data, strict_exception_groups=False)
+        try:
+            trio.run(_guarded, config, data)
+        except BaseExceptionGroup as group:
+            raise _bare(group) from None
+
+
+def _bare(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one error that a user should read, out of the nurseries it crossed; the group itself where there is none."""
+    found, _ = group.split(MeshError)
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]  # type: ignore[assignment]
+    return found or group
 
 
 async def _guarded(config: PeerConfig, data: DataDir) -> None:

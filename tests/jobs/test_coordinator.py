@@ -186,7 +186,7 @@ async def test_closing_the_stream_stops_the_request_at_the_workers(tmp_path, aut
 async def test_a_stop_string_ends_the_text_before_it(tmp_path, autojump_clock):
     async with running(tmp_path) as world:
         word = f"w{token_at(6)}"
-        tokens, text, last = await tokens_of(world, request(20, stop=[word]))
+        _, text, last = await tokens_of(world, request(20, stop=[word]))
     assert last.finish_reason == "stop"
     assert word not in text.split()
     assert text.split() == [f"w{token_at(i)}" for i in range(3, 6)]
