@@ -1,0 +1,292 @@
+"""Datagrams: a fixed header, then a sealed body of msgpack objects, the sender first.
+
+    magic "ISTM" | version 1 byte | blake2b-64 of the cluster's name | sealed( sender, message, message, ... )
+
+The decoder is strict: every field has a type and bounds, nothing may be left over, and whatever is wrong with a
+datagram it raises `Malformed` (or `Foreign` for another cluster or version), never anything else. A later identity
+layer seals and signs by passing its own `Sealer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from hashlib import blake2b
+from typing import Any, NamedTuple, Protocol
+
+import msgpack
+
+from mesh.gossip import config
+from mesh.gossip.members import ALIVE, RANK, STATES, SUSPECT, Claim
+from mesh.gossip.messages import (
+    Ack,
+    Digest,
+    Message,
+    Nack,
+    Page,
+    Ping,
+    PingRequest,
+    Rumour,
+    Sender,
+    SyncRequest,
+    Taken,
+)
+
+MAGIC = b"ISTM"
+VERSION = 1
+FINGERPRINT_BYTES = 8
+
+#: Messages in one datagram; the smallest takes 3 bytes, so an honest one never comes near.
+MAX_MESSAGES = 256
+#: Indirect probes may not bind a helper for longer.
+MAX_BUDGET_MS = 30_000
+
+
+class Malformed(ValueError):
+    """Bytes that no honest peer sends."""
+
+
+class Foreign(Malformed):
+    """A datagram of another cluster, another version, or another program."""
+
+
+class Sealer(Protocol):
+    """Authenticates and hides the body of datagrams."""
+
+    overhead_bytes: int
+
+    def seal(self, header: bytes, body: bytes) -> bytes:
+        """The sealed body, at most `overhead_bytes` longer. `header` is authenticated with it."""
+        ...
+
+    def open(self, header: bytes, sealed: bytes) -> bytes:
+        """The inverse. Raises Malformed for anything that was not sealed by a member."""
+        ...
+
+
+class Unsealed:
+    """No protection: for loopback, until the mesh has identities."""
+
+    overhead_bytes = 0
+
+    def seal(self, header: bytes, body: bytes) -> bytes:
+        """The body as it is."""
+        return body
+
+    def open(self, header: bytes, sealed: bytes) -> bytes:
+        """The body as it is."""
+        return sealed
+
+
+class Datagram(NamedTuple):
+    """A decoded datagram."""
+
+    sender: Sender
+    messages: list[Message]
+
+
+class Codec:
+    """Encodes and decodes the datagrams of one cluster."""
+
+    def __init__(self, cluster: str, sealer: Sealer | None = None) -> None:
+        """`cluster`: peers of another cluster's name are not heard."""
+        self._sealer: Sealer = sealer or Unsealed()
+        self._header = MAGIC + bytes([VERSION]) + blake2b(cluster.encode(), digest_size=8).digest()
+        self._fixed_bytes = len(self._header) + self._sealer.overhead_bytes
+
+    def room_bytes(self, sender: bytes) -> int:
+        """Bytes left for messages in a datagram that starts with the packed `sender`."""
+        return config.MAX_DATAGRAM_BYTES - self._fixed_bytes - len(sender)
+
+    def join(self, sender: bytes, messages: Iterable[bytes]) -> bytes:
+        """One datagram of a packed sender and packed messages; the caller sees to it that they fit."""
+        return self._header + self._sealer.seal(self._header, sender + b"".join(messages))
+
+    def decode(self, data: bytes) -> Datagram:
+        """Raises Foreign or Malformed, nothing else."""
+        size = len(self._header)
+        if data[:size] != self._header:
+            raise Foreign("another magic, version or cluster")
+        if len(data) > config.MAX_DATAGRAM_BYTES:
+            raise Malformed("datagram too large")
+        objects = _objects(self._sealer.open(self._header, data[size:]))
+        if not objects:
+            raise Malformed("empty datagram")
+        return Datagram(_sender(objects[0]), [_message(item) for item in objects[1:]])
+
+
+def pack_sender(sender: Sender) -> bytes:
+    """The head of a datagram's body."""
+    return _pack(list(sender))
+
+
+def pack_message(message: Message) -> bytes:
+    """One message, as it stands in the body."""
+    return _PACKERS[type(message)](message)
+
+
+def _pack(value: Any) -> bytes:
+    packed: bytes = msgpack.packb(value, use_bin_type=True)
+    return packed
+
+
+def _pack_claim(claim: Claim) -> list[Any]:
+    return [claim.site, claim.address, RANK[claim.state], claim.incarnation, claim.accuser]
+
+
+_PACKERS: dict[type, Callable[[Any], bytes]] = {
+    Ping: lambda m: _pack([0, *m]),
+    Ack: lambda m: _pack([1, *m]),
+    Nack: lambda m: _pack([2, *m]),
+    PingRequest: lambda m: _pack([3, *m]),
+    Rumour: lambda m: _pack([4, *_pack_claim(m.claim)]),
+    Digest: lambda m: _pack([5, *_pack_claim(m.claim), m.generation, m.versions]),
+    SyncRequest: lambda m: _pack([6]),
+    Page: lambda m: _pack([7, *m]),
+    Taken: lambda m: _pack([8, *m]),
+}
+
+
+def _refuse_extension(code: int, data: bytes) -> Any:
+    raise Malformed(f"msgpack extension {code}")
+
+
+def _objects(body: bytes) -> list[Any]:
+    """The msgpack objects of `body`, all of it. Containers cannot claim more elements than there are bytes."""
+    size = len(body)
+    unpacker = msgpack.Unpacker(
+        raw=False,
+        strict_map_key=True,
+        ext_hook=_refuse_extension,
+        max_buffer_size=config.MAX_DATAGRAM_BYTES,
+        max_str_len=size,
+        max_bin_len=size,
+        max_array_len=16,
+        max_map_len=config.MAX_KEYS_PER_SITE,
+        max_ext_len=0,
+    )
+    objects: list[Any] = []
+    try:
+        unpacker.feed(body)
+        for item in unpacker:
+            objects.append(item)
+            if len(objects) > MAX_MESSAGES:
+                raise Malformed("too many messages")
+        if unpacker.tell() != size:
+            raise Malformed("truncated")
+    except Malformed:
+        raise
+    except Exception as error:  # msgpack raises half a dozen unrelated classes; for us they all mean the same
+        raise Malformed(f"not msgpack: {type(error).__name__}") from None
+    return objects
+
+
+def _fields(item: Any, count: int) -> list[Any]:
+    if type(item) is not list or len(item) != count:
+        raise Malformed("not a list of the right length")
+    return item
+
+
+def _number(value: Any, low: int, high: int) -> int:
+    if type(value) is not int or not low <= value <= high:
+        raise Malformed("number out of bounds")
+    return value
+
+
+def _name(value: Any) -> str:
+    if not config.valid_name(value):
+        raise Malformed("not a name")
+    return str(value)
+
+
+def _key(value: Any) -> str:
+    if not config.valid_name(value, config.MAX_KEY_BYTES):
+        raise Malformed("not a key")
+    return str(value)
+
+
+def _optional_name(value: Any) -> str:
+    return "" if value == "" else _name(value)
+
+
+def _address(value: Any) -> str:
+    if not config.valid_address(value):
+        raise Malformed("not an address")
+    return str(value)
+
+
+def _counter(value: Any) -> int:
+    return _number(value, 1, config.MAX_COUNTER)
+
+
+def _sequence(value: Any) -> int:
+    return _number(value, 0, 2**32 - 1)
+
+
+def _claim(fields: list[Any]) -> Claim:
+    site, address, rank, incarnation, accuser = fields
+    state = STATES[_number(rank, 0, len(STATES) - 1)]
+    return Claim(_name(site), _address(address), state, _counter(incarnation), _optional_name(accuser))
+
+
+def _sender(item: Any) -> Sender:
+    site, address, incarnation, left, fingerprint = _fields(item, 5)
+    if type(left) is not bool or type(fingerprint) is not bytes or len(fingerprint) != FINGERPRINT_BYTES:
+        raise Malformed("bad sender")
+    return Sender(_name(site), _address(address), _counter(incarnation), left, fingerprint)
+
+
+def _ping(item: list[Any]) -> Message:
+    _, seq, target = _fields(item, 3)
+    return Ping(_sequence(seq), _optional_name(target))
+
+
+def _ack(item: list[Any]) -> Message:
+    return Ack(_sequence(_fields(item, 2)[1]))
+
+
+def _nack(item: list[Any]) -> Message:
+    return Nack(_sequence(_fields(item, 2)[1]))
+
+
+def _ping_request(item: list[Any]) -> Message:
+    _, seq, target, address, budget_ms = _fields(item, 5)
+    return PingRequest(_sequence(seq), _name(target), _address(address), _number(budget_ms, 1, MAX_BUDGET_MS))
+
+
+def _rumour(item: list[Any]) -> Message:
+    return Rumour(_claim(_fields(item, 6)[1:]))
+
+
+def _digest(item: list[Any]) -> Message:
+    fields = _fields(item, 8)
+    claim, generation, versions = _claim(fields[1:6]), _number(fields[6], 0, config.MAX_COUNTER), fields[7]
+    if claim.state not in (ALIVE, SUSPECT) or type(versions) is not dict:
+        raise Malformed("bad digest")
+    return Digest(claim, generation, {_key(key): _counter(version) for key, version in versions.items()})
+
+
+def _sync_request(item: list[Any]) -> Message:
+    _fields(item, 1)
+    return SyncRequest()
+
+
+def _page(item: list[Any]) -> Message:
+    _, owner, generation, key, version, part, parts, data = _fields(item, 8)
+    if type(data) is not bytes or not 0 < len(data) <= config.PAGE_BYTES:
+        raise Malformed("bad page")
+    parts = _number(parts, 1, config.MAX_PAGES)
+    part = _number(part, 0, parts - 1)
+    return Page(_name(owner), _counter(generation), _key(key), _counter(version), part, parts, data)
+
+
+def _taken(item: list[Any]) -> Message:
+    return Taken(_address(_fields(item, 2)[1]))
+
+
+_PARSERS = (_ping, _ack, _nack, _ping_request, _rumour, _digest, _sync_request, _page, _taken)
+
+
+def _message(item: Any) -> Message:
+    if type(item) is not list or not item or type(item[0]) is not int or not 0 <= item[0] < len(_PARSERS):
+        raise Malformed("unknown message")
+    return _PARSERS[item[0]](item)

@@ -1,0 +1,162 @@
+"""What a gossip peer can be told, the constants of the protocol, and where the constants come from."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping, MutableSequence, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from mesh.errors import ConfigError
+
+T = TypeVar("T")
+
+#: Largest datagram sent or accepted: what crosses 1500-byte paths with room for tunnels (memberlist's choice too).
+MAX_DATAGRAM_BYTES = 1400
+#: Bytes of a value in one datagram, beside the longest names and addresses allowed.
+PAGE_BYTES = 900
+MAX_NAME_BYTES = 64
+MAX_KEY_BYTES = 32
+MAX_ADDRESS_BYTES = 128
+#: A site with sixteen devices publishes about 10 KB of capabilities.
+MAX_VALUE_BYTES = 32 * 1024
+MAX_PAGES = -(-MAX_VALUE_BYTES // PAGE_BYTES)
+MAX_KEYS_PER_SITE = 16
+MAX_MEMBERS = 1024
+#: Counters stay far below 2**64 so that they can always still be raised.
+MAX_COUNTER = 2**62
+
+
+class Randomness(Protocol):
+    """The part of `random.Random` that the cores use."""
+
+    def random(self) -> float:
+        """A float in [0, 1)."""
+        ...
+
+    def getrandbits(self, k: int, /) -> int:
+        """`k` random bits."""
+        ...
+
+    def shuffle(self, x: MutableSequence[Any]) -> None:
+        """Shuffle in place."""
+        ...
+
+    def sample(self, population: Sequence[T], k: int) -> list[T]:
+        """`k` different elements."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """The protocol's constants, in seconds. The defaults give detection in about 2 s on paths up to 200 ms.
+
+    `probe_interval_s`: every peer is probed this often while `probe_floor_s` between two probes allows it (4 others).
+    `direct_*`: bounds of the wait for a direct answer; within them it follows the pair's RTT and its spread.
+    `suspicion_floor_s`: least time to refute; otherwise three direct timeouts. The most is twice the least.
+    `retry_*`: back-off of seeds that do not answer and of dead peers. `*_reap_s`: when dead and left are forgotten;
+    a dead peer is remembered long, because it is by calling the dead that a healed partition is found.
+    """
+
+    probe_interval_s: float = 1.0
+    probe_floor_s: float = 0.25
+    direct_floor_s: float = 0.2
+    direct_default_s: float = 0.5
+    direct_ceiling_s: float = 2.0
+    suspicion_floor_s: float = 1.0
+    buddy_s: float = 0.25
+    helpers: int = 3
+    fanout: int = 3
+    push_gap_s: float = 0.1
+    sync_gap_s: float = 0.2
+    greet_s: float = 0.15
+    greetings: int = 4
+    links_s: float = 2.0
+    links_first_s: float = 0.4
+    retry_first_s: float = 0.25
+    retry_factor: float = 1.3
+    retry_max_s: float = 15.0
+    dead_reap_s: float = 3600.0
+    left_reap_s: float = 60.0
+    stall_s: float = 0.3
+    grace_s: float = 0.3
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """ "host:port" or "[v6]:port" as (host, port). Raises ValueError for anything else."""
+    host, colon, port = address.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError(f"address {address!r}: write an IPv6 host in brackets, like [::1]:7700")
+    if not colon or not host or not port.isascii() or not port.isdigit() or len(port) > 5 or int(port) > 65535:
+        raise ValueError(f"address {address!r} is not host:port, like 10.0.0.1:7700")
+    return host, int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    """The inverse of `split_address`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def valid_name(name: object, limit_bytes: int = MAX_NAME_BYTES) -> bool:
+    """Whether `name` can be a site or a key: 1 to `limit_bytes` bytes, printable, no spaces."""
+    return (
+        isinstance(name, str)
+        and 0 < len(name) <= limit_bytes
+        and name.isprintable()
+        and " " not in name
+        and len(name.encode()) <= limit_bytes
+    )
+
+
+def valid_address(address: object) -> bool:
+    """Whether `address` is a "host:port" that a datagram can be sent to."""
+    if not isinstance(address, str) or not valid_name(address, MAX_ADDRESS_BYTES):
+        return False
+    try:
+        return split_address(address)[1] > 0
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True)
+class GossipConfig:
+    """One gossip peer.
+
+    `site` is its name, unique in the mesh. `address` is where it listens, "host:port"; port 0 lets the system choose.
+    `advertise` is what others are told, where that differs. `incarnation` must rise with every start (a counter in the
+    data directory); the peer heals itself when it does not. `seeds` are addresses to join through. `delays` maps
+    addresses to an emulated one-way delay in seconds that is added to what is sent there. `clock` gives seconds
+    (None: trio's), `rng` is the only source of chance.
+
+    Raises ConfigError naming the field that is wrong.
+    """
+
+    site: str
+    address: str = "127.0.0.1:0"
+    incarnation: int = 1
+    seeds: Iterable[str] = ()
+    cluster: str = "isthmus"
+    advertise: str | None = None
+    delays: Mapping[str, float] = field(default_factory=dict)
+    rng: Randomness = field(default_factory=random.Random)
+    clock: Callable[[], float] | None = None
+    timing: Timing = field(default_factory=Timing)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seeds", tuple(self.seeds))
+        if not valid_name(self.site):
+            raise ConfigError(f"site {self.site!r}: use 1 to {MAX_NAME_BYTES} printable characters without spaces")
+        if not 0 < self.incarnation < 2**32:
+            raise ConfigError(f"incarnation {self.incarnation}: must be between 1 and 2**32 - 1")
+        try:
+            split_address(self.address)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+        for name, address in [("advertise", self.advertise), *(("seeds", seed) for seed in self.seeds)]:
+            if address is not None and not valid_address(address):
+                raise ConfigError(f"{name}: {address!r} is not host:port, like 10.0.0.1:7700")
+        for address, delay_s in self.delays.items():
+            if not 0.0 <= delay_s <= 10.0:
+                raise ConfigError(f"delays: {delay_s} s to {address} is not between 0 and 10 s")

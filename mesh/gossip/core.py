@@ -1,0 +1,378 @@
+"""One gossip peer without I/O: datagrams and the time go in, datagrams, the next wake-up and events come out.
+
+Membership is `swim`, entries are `state`; this module puts both on the wire. Every datagram starts with the sender's
+claim about itself and a fingerprint of everything it knows of live members: (site, incarnation, entry versions). A ping
+whose fingerprint differs from ours starts an anti-entropy exchange: we send a digest of every live member, the other
+answers with what is newer and with its own digests, we answer those. In the steady state that costs eight bytes a ping.
+What is new (a claim, an entry of our own) does not wait for that: it is pushed to a few members at once.
+
+    core.start(now); loop: core.receive(data, source, now) | core.handle_timer(now at core.next_timer())
+    after each call: send core.datagrams(), hand out core.events()
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from hashlib import blake2b
+from typing import Any, ClassVar, NamedTuple
+
+import msgpack
+
+from mesh.gossip.codec import FINGERPRINT_BYTES, Codec, Foreign, Malformed, Sealer, pack_message, pack_sender
+from mesh.gossip.config import GossipConfig
+from mesh.gossip.links import Links
+from mesh.gossip.members import ALIVE, Member
+from mesh.gossip.messages import (
+    Ack,
+    Digest,
+    Message,
+    Nack,
+    Page,
+    Ping,
+    PingRequest,
+    Rumour,
+    Sender,
+    SyncRequest,
+    Taken,
+)
+from mesh.gossip.rtt import Rtt
+from mesh.gossip.state import State
+from mesh.gossip.swim import Swim
+from mesh.gossip.timers import Timer, Timers
+
+#: Pages sent in answer to one datagram of digests; the rest follows with the next exchange.
+MAX_SYNC_PAGES = 64
+#: The entry that tells the mesh what this peer's probes measure.
+LINKS = "links"
+
+
+class Event(NamedTuple):
+    """Something changed. `kind` is one of:
+
+    joined, suspect, refuted, dead, left   membership of `site`
+    restarted                              `site` is a new process; what its old one held is gone
+    updated                                `site` published another value under `key`
+    conflict                               another living peer uses our own name
+    """
+
+    kind: str
+    site: str
+    key: str = ""
+
+
+class Datagram(NamedTuple):
+    """Bytes to be sent to "host:port"."""
+
+    address: str
+    data: bytes
+
+
+class GossipCore:
+    """See the module. Not thread safe; every method takes the time in seconds of one monotonic clock."""
+
+    def __init__(self, config: GossipConfig, address: str | None = None, sealer: Sealer | None = None) -> None:
+        """`address` is the one really bound, where it differs from the configured one."""
+        self.site = config.site
+        self.address = config.advertise or address or config.address
+        self.counters: Counter[str] = Counter()
+        self._t = config.timing
+        self._rng = config.rng
+        self._seeds = tuple(config.seeds)
+        self._codec = Codec(config.cluster, sealer)
+        self._timers = Timers(stall_s=self._t.stall_s, grace_s=self._t.grace_s)
+        self._state = State(config.site, config.incarnation)
+        self._events: list[Event] = []
+        self._outbox: dict[str, list[bytes]] = {}
+        self._hot: dict[tuple[str, str], int] = {}
+        self._flush: Timer | None = None
+        self._flushed_s = -math.inf
+        self._synced_s: dict[str, float] = {}
+        self._links = Links()
+        self._budget = 0
+        self._fingerprint: tuple[tuple[int, int], bytes] = ((-1, -1), b"")
+        self._swim = Swim(
+            config,
+            self.address,
+            self._timers,
+            send=self._queue,
+            emit=self._membership_changed,
+            pack=pack_message,
+            gone=self._forget,
+        )
+
+    # ---------------------------------------------------------------- driving
+
+    def start(self, now: float) -> None:
+        """Begin. Call once, first."""
+        self._swim.start(now, self._seeds)
+        self._timers.at(now + self._t.links_first_s, self._publish_links)
+
+    def receive(self, data: bytes, source: str, now: float) -> None:
+        """Take a datagram from "host:port". Whatever is wrong with it is counted in `counters`; nothing is raised."""
+        self.counters["received"] += 1
+        try:
+            sender, messages = self._codec.decode(data)
+        except Foreign:
+            self.counters["foreign"] += 1
+            return
+        except Malformed:
+            self.counters["malformed"] += 1
+            return
+        self._budget = MAX_SYNC_PAGES
+        if self._swim.hear(sender, source, now):
+            for message in messages:
+                self._handlers[type(message)](self, sender, source, message, now)
+            if any(type(message) is Ping for message in messages) and not (sender.left or self._swim.left):
+                self._reconcile(sender, source, now)
+        else:
+            for message in messages:
+                if type(message) is Taken:
+                    self._swim.taken(sender, message, now)
+                elif type(message) is Ping and sender.site == self.site:
+                    self._swim.namesake(sender, source)
+        self._push_soon(now)
+
+    def next_timer(self) -> float | None:
+        """When `handle_timer` wants to be called, or None."""
+        return self._timers.next_s()
+
+    def handle_timer(self, now: float) -> None:
+        """Run what is due. Give `receive` what has arrived first: an answer must count before its deadline does."""
+        if self._timers.run(now):
+            self.counters["stalls"] += 1
+        self._push_soon(now)
+
+    def datagrams(self) -> list[Datagram]:
+        """What is to be sent now. Messages to one address share datagrams; claims that still travel fill them up."""
+        if not self._outbox:
+            return []
+        outbox, self._outbox = self._outbox, {}
+        if self._swim.silent:
+            return []
+        own = self._swim.own_claim()
+        sender = pack_sender(Sender(self.site, self.address, own.incarnation, self._swim.left, self._print()))
+        room = self._codec.room_bytes(sender)
+        sent: list[Datagram] = []
+        for address, messages in outbox.items():
+            load: list[bytes] = []
+            left = room
+            for message in messages:
+                if len(message) > left and load:
+                    sent.append(Datagram(address, self._codec.join(sender, load)))
+                    load, left = [], room
+                load.append(message)
+                left -= len(message)
+            load += self._swim.rumours.take(left)
+            if load:
+                sent.append(Datagram(address, self._codec.join(sender, load)))
+        self.counters["sent"] += len(sent)
+        self.counters["sent_bytes"] += sum(len(datagram.data) for datagram in sent)
+        return sent
+
+    def events(self) -> list[Event]:
+        """What changed since the last call."""
+        events, self._events = self._events, []
+        return events
+
+    # ---------------------------------------------------------------- asking and telling
+
+    @property
+    def contacted(self) -> bool:
+        """Whether any other member has been in direct touch."""
+        return self._swim.contacted
+
+    @property
+    def taken_by(self) -> str | None:
+        """The address of the living peer that has our name, once this peer has given way to it. Final."""
+        return self._swim.taken_by
+
+    @property
+    def left(self) -> bool:
+        """Whether we have left and every live member knows."""
+        return self._swim.left and self._swim.farewells == 0
+
+    def join(self, addresses: Iterable[str], now: float) -> None:
+        """Call these addresses, with back-off, until somebody answers."""
+        self._swim.join(addresses, now)
+
+    def leave(self, now: float) -> None:
+        """Say farewell. Final. Done when `left`."""
+        self._swim.leave(now)
+
+    def members(self) -> tuple[Member, ...]:
+        """Everybody known, ourselves included, sorted by name."""
+        return self._swim.members()
+
+    def publish(self, key: str, value: dict[str, Any], now: float) -> None:
+        """Write an entry of our own and spread it. Raises ValueError if the value is out of bounds."""
+        if self._state.publish(key, value):
+            self._spread(self.site, key)
+            self._push_soon(now)
+
+    def entry(self, site: str, key: str) -> dict[str, Any] | None:
+        """What `site` last published under `key`, also after its death until it is forgotten; or None. A fresh copy."""
+        return self._state.value(site, key)
+
+    def entries(self, key: str) -> dict[str, dict[str, Any]]:
+        """What every live site has published under `key`, ourselves included. Fresh copies."""
+        sites = sorted([self.site, *(peer.site for peer in self._swim.live())])
+        values = {site: self._state.value(site, key) for site in sites}
+        return {site: value for site, value in values.items() if value is not None}
+
+    def rtts(self) -> dict[str, Rtt]:
+        """What probes measured to every live site that has answered one."""
+        summaries = {peer.site: peer.rtt.summary() for peer in self._swim.live()}
+        return {site: summary for site, summary in summaries.items() if summary is not None}
+
+    # ---------------------------------------------------------------- messages
+
+    def _on_ping(self, sender: Sender, source: str, message: Ping, now: float) -> None:
+        self._swim.ping(sender, source, message)
+
+    def _on_ack(self, sender: Sender, source: str, message: Ack, now: float) -> None:
+        self._swim.ack(sender, message, now)
+
+    def _on_nack(self, sender: Sender, source: str, message: Nack, now: float) -> None:
+        self._swim.nack(sender, message)
+
+    def _on_ping_request(self, sender: Sender, source: str, message: PingRequest, now: float) -> None:
+        self._swim.ping_request(source, message, now)
+
+    def _on_rumour(self, sender: Sender, source: str, message: Rumour, now: float) -> None:
+        self._swim.consider(message.claim, now)
+
+    def _on_taken(self, sender: Sender, source: str, message: Taken, now: float) -> None:
+        self._swim.taken(sender, message, now)
+
+    def _on_digest(self, sender: Sender, source: str, message: Digest, now: float) -> None:
+        claim = message.claim
+        self._swim.consider(claim, now)
+        if claim.site == self.site:
+            if self._state.defend(message.generation, message.versions):
+                for key in self._state.keys(self.site):
+                    self._spread(self.site, key)
+        else:
+            peer = self._swim.peers.get(claim.site)
+            if peer is not None and peer.claim().beats(claim):
+                self._queue(source, Rumour(peer.claim()))
+            if peer is None or not peer.live:
+                return
+        for key in self._state.newer_than(claim.site, message.generation, message.versions):
+            if self._budget <= 0:
+                break
+            for page in self._state.pages(claim.site, key):
+                self._budget -= 1
+                self._queue(source, page)
+
+    def _on_sync_request(self, sender: Sender, source: str, message: SyncRequest, now: float) -> None:
+        self._synced_s[sender.site] = now
+        self._send_digests(source)
+
+    def _on_page(self, sender: Sender, source: str, message: Page, now: float) -> None:
+        peer = self._swim.peers.get(message.owner)
+        if peer is None or not peer.live:
+            return
+        before, rejected = self._state.owner(message.owner).generation, self._state.rejected
+        if self._state.take(message, now):
+            if 0 < before < message.generation:
+                self._events.append(Event("restarted", message.owner))
+            self._events.append(Event("updated", message.owner, message.key))
+            self._spread(message.owner, message.key)
+        self.counters["malformed"] += self._state.rejected - rejected
+
+    _handlers: ClassVar[dict[type, Callable[[GossipCore, Sender, str, Any, float], None]]] = {
+        Ping: _on_ping,
+        Ack: _on_ack,
+        Nack: _on_nack,
+        PingRequest: _on_ping_request,
+        Rumour: _on_rumour,
+        Digest: _on_digest,
+        SyncRequest: _on_sync_request,
+        Page: _on_page,
+        Taken: _on_taken,
+    }
+
+    # ---------------------------------------------------------------- anti-entropy
+
+    def _print(self) -> bytes:
+        """A digest of all that live members should agree on. Suspicion is left out: it is not lasting knowledge."""
+        known_at = (self._swim.changes, self._state.changes)
+        if self._fingerprint[0] != known_at:
+            own = self._swim.own_claim()
+            live = [(own.site, own.incarnation)] + [(peer.site, peer.incarnation) for peer in self._swim.live()]
+            known = []
+            for site, incarnation in sorted(live):
+                owner = self._state.owner(site)
+                known.append([site, incarnation, owner.generation, sorted(owner.versions().items())])
+            digest = blake2b(msgpack.packb(known), digest_size=FINGERPRINT_BYTES).digest()
+            self._fingerprint = (known_at, digest)
+        return self._fingerprint[1]
+
+    def _reconcile(self, sender: Sender, source: str, now: float) -> None:
+        """Start an exchange with somebody who knows something else, unless we just had one."""
+        if sender.fingerprint == self._print() or self._swim.silent:
+            return
+        if now - self._synced_s.get(sender.site, -math.inf) < self._t.sync_gap_s:
+            return
+        self._synced_s[sender.site] = now
+        self.counters["syncs"] += 1
+        self._send_digests(source)
+        self._queue(source, SyncRequest())
+
+    def _send_digests(self, address: str) -> None:
+        claims = [self._swim.own_claim()._replace(state=ALIVE)] + [peer.claim() for peer in self._swim.live()]
+        for claim in claims:
+            owner = self._state.owner(claim.site)
+            self._queue(address, Digest(claim, owner.generation, owner.versions()))
+
+    # ---------------------------------------------------------------- spreading news
+
+    def _spread(self, owner: str, key: str) -> None:
+        """Mark an entry as news. Where the owner reaches everybody itself, only the owner pushes it."""
+        others = len(self._swim.live())
+        if others > self._t.fanout:
+            self._hot[owner, key] = math.ceil(math.log10(others + 2)) + 1
+        elif owner == self.site:
+            self._hot[owner, key] = 1
+
+    def _push_soon(self, now: float) -> None:
+        pending = self._hot or self._swim.rumours.pushing
+        if pending and (self._flush is None or self._flush.cancelled):
+            self._flush = self._timers.at(max(now, self._flushed_s + self._t.push_gap_s), self._push)
+
+    def _push(self, now: float) -> None:
+        """Send what is new to a few members, without waiting for a probe to ride on."""
+        self._flushed_s = now
+        self._flush = None
+        live = self._swim.live()
+        targets = self._rng.sample(live, min(self._t.fanout, len(live)))
+        for target in targets:
+            pushed = self._outbox.setdefault(target.address, [])  # even an empty load carries claims
+            for owner, key in self._hot:
+                if owner != target.site:
+                    pushed.extend(pack_message(page) for page in self._state.pages(owner, key))
+        self._swim.rumours.pushed()
+        self._hot = {place: rounds - 1 for place, rounds in self._hot.items() if rounds > 1 and live}
+        self._push_soon(now)
+
+    def _queue(self, address: str, message: Message) -> None:
+        self._outbox.setdefault(address, []).append(pack_message(message))
+
+    # ---------------------------------------------------------------- membership
+
+    def _membership_changed(self, kind: str, site: str) -> None:
+        self._events.append(Event(kind, site))
+
+    def _forget(self, site: str) -> None:
+        self._state.forget(site)
+        self._synced_s.pop(site, None)
+
+    def _publish_links(self, now: float) -> None:
+        """Tell the mesh what we measure, when it has changed enough to matter."""
+        self._timers.at(now + self._t.links_s, self._publish_links)
+        links = self._links.changed(self.rtts())
+        if links is not None and self._state.publish(LINKS, links):
+            self._spread(self.site, LINKS)
+            self._events.append(Event("updated", self.site, LINKS))

@@ -1,0 +1,62 @@
+"""Round-trip times of one pair, measured by the probes that are sent anyway."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from statistics import fmean, median
+
+#: Samples kept per pair. At one probe a second and pair this is half a minute: long enough for a steady minimum, short
+#: enough to follow a changed route.
+WINDOW = 32
+
+#: A longer round trip is a clock that jumped, not a network.
+ABSURD_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rtt:
+    """What a window of probes says. `jitter_s` is the mean distance from the median, `loss` the share unanswered."""
+
+    min_s: float
+    median_s: float
+    jitter_s: float
+    samples: int
+    loss: float = 0.0
+
+
+class RttWindow:
+    """The last `WINDOW` round trips to one peer, and the fate of the last `WINDOW` probes."""
+
+    def __init__(self) -> None:
+        self._samples: deque[float] = deque(maxlen=WINDOW)
+        self._lost: deque[bool] = deque(maxlen=WINDOW)
+        self._summary: Rtt | None = None
+
+    def answered(self, rtt_s: float) -> None:
+        """Take one measured round trip; absurd ones are ignored."""
+        if 0.0 <= rtt_s <= ABSURD_S:
+            self._samples.append(rtt_s)
+            self._lost.append(False)
+            self._summary = None
+
+    def lost(self) -> None:
+        """A direct probe stayed without an answer."""
+        self._lost.append(True)
+        self._summary = None
+
+    def summary(self) -> Rtt | None:
+        """Minimum, median, jitter and loss, or None before the first answer."""
+        if self._summary is None and self._samples:
+            middle = median(self._samples)
+            spread = fmean(abs(sample - middle) for sample in self._samples)
+            loss = sum(self._lost) / len(self._lost)
+            self._summary = Rtt(min(self._samples), middle, spread, len(self._samples), loss)
+        return self._summary
+
+    def timeout_s(self, *, floor_s: float, default_s: float, ceiling_s: float) -> float:
+        """How long to wait for an answer: median plus four spreads (as TCP, RFC 6298) plus 50 ms for scheduling."""
+        summary = self.summary()
+        if summary is None or summary.samples < 3:
+            return default_s
+        return min(ceiling_s, max(floor_s, summary.median_s + 4.0 * summary.jitter_s + 0.05))

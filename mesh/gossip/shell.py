@@ -1,0 +1,338 @@
+"""The trio shell around `core`: one UDP socket, one timer, and the delays that emulate distance in a drill.
+
+Two small tasks drive the core: one waits for the socket, one for the next deadline. Before a deadline counts,
+everything that lies in the socket is read, so that an answer which arrived while this process was busy is never
+overlooked.
+"""
+
+from __future__ import annotations
+
+import errno
+import heapq
+import math
+import os
+import socket
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import trio
+
+from mesh.errors import AddressInUse, ConfigError
+from mesh.gossip.codec import Sealer
+from mesh.gossip.config import MAX_DATAGRAM_BYTES, GossipConfig, join_address, split_address, valid_address
+from mesh.gossip.core import Event, GossipCore
+from mesh.gossip.members import Member
+from mesh.gossip.rtt import Rtt
+
+__all__ = ["Event", "Gossip", "GossipConfig", "Member", "Rtt", "SiteNameTaken", "open_gossip"]
+
+#: A reader of events that is further behind than this misses "updated" events; what it looks up is current anyway.
+EVENTS_BEHIND = 4096
+#: How long the numeric form of a host name is trusted.
+RESOLVED_S = 30.0
+#: How long a name server may take.
+RESOLVE_TIMEOUT_S = 5.0
+#: Datagrams read in a row before other tasks get their turn.
+READ_BURST = 64
+
+
+class SiteNameTaken(ConfigError):
+    """Another living peer of the mesh has the same site name."""
+
+
+class Gossip:
+    """A running gossip peer; see `open_gossip`. Use from trio's thread only."""
+
+    def __init__(self, config: GossipConfig, sock: socket.socket, address: str, sealer: Sealer | None) -> None:
+        """Made by `open_gossip`."""
+        self._core = GossipCore(config, address, sealer)
+        self._clock = config.clock or trio.current_time
+        self._sock = sock
+        self._family = sock.family
+        self._delays = dict(config.delays)
+        self._delayed: list[tuple[float, int, str, bytes]] = []
+        self._resolved: dict[str, tuple[float, tuple[Any, ...]]] = {}
+        self._resolving: set[str] = set()
+        self._sleep = trio.CancelScope()
+        self._subscribers: dict[trio.MemorySendChannel[Event], trio.MemoryReceiveChannel[Event]] = {}
+        self._changed = trio.Event()
+        self._nursery: trio.Nursery | None = None
+        self._count = 0
+        self._errors: Counter[str] = Counter()
+
+    # ---------------------------------------------------------------- asking
+
+    @property
+    def address(self) -> str:
+        """The "host:port" that others are told."""
+        return self._core.address
+
+    def members(self) -> tuple[Member, ...]:
+        """Everybody known, ourselves included, sorted by name. `state` is "alive", "suspect", "dead" or "left"."""
+        return self._core.members()
+
+    def entry(self, site: str, key: str) -> dict[str, Any] | None:
+        """What `site` last published under `key`, kept after its death until it is forgotten; or None. A fresh copy."""
+        return self._core.entry(site, key)
+
+    def entries(self, key: str) -> dict[str, dict[str, Any]]:
+        """Site -> value under `key`, for every alive or suspect site, ourselves included. Fresh copies."""
+        return self._core.entries(key)
+
+    def rtts(self) -> dict[str, Rtt]:
+        """Site -> measured round trip, for every live site that has answered a probe."""
+        return self._core.rtts()
+
+    def counters(self) -> Mapping[str, int]:
+        """For metrics: sent, sent_bytes, received, malformed, foreign, syncs, stalls, send_errors, unresolved."""
+        return Counter(self._core.counters) + self._errors
+
+    @property
+    def dropped(self) -> int:
+        """Datagrams that arrived and were not gossip of this mesh."""
+        return self._core.counters["malformed"] + self._core.counters["foreign"]
+
+    # ---------------------------------------------------------------- telling
+
+    def publish(self, key: str, value: dict[str, Any]) -> None:
+        """Write an entry of our own and spread it. Publishing what is already there costs nothing.
+
+        Raises ValueError: key too long, value not a plain document, deeper than 8, or larger than 32 KiB packed.
+        """
+        self._core.publish(key, value, self._clock())
+        self._pump()
+
+    def join(self, addresses: Iterable[str]) -> None:
+        """Call these "host:port" until somebody answers, with back-off, and again whenever they are lost.
+
+        Raises ConfigError for what is not an address.
+        """
+        addresses = list(addresses)
+        for address in addresses:
+            if not valid_address(address):
+                raise ConfigError(f"join: {address!r} is not host:port, like 10.0.0.1:7700")
+        self._core.join(addresses, self._clock())
+        self._pump()
+
+    async def joined(self, timeout_s: float) -> bool:
+        """Wait for the first contact with any other member. False if there was none in time.
+
+        Raises SiteNameTaken if another living peer has our site name.
+        """
+        with trio.move_on_after(timeout_s):
+            while not self._core.contacted and self._core.taken_by is None:
+                await self._changed.wait()
+        self._check_name()
+        return self._core.contacted
+
+    async def leave(self, timeout_s: float) -> bool:
+        """Say farewell to every live member and wait until they confirmed. False if some had not in time. Final."""
+        self._core.leave(self._clock())
+        self._pump()
+        with trio.move_on_after(timeout_s):
+            while not self._core.left:
+                await self._changed.wait()
+        return self._core.left
+
+    @contextmanager
+    def events(self) -> Iterator[trio.MemoryReceiveChannel[Event]]:
+        """Everything that changes from now on. The channel ends when the gossip ends."""
+        send, receive = trio.open_memory_channel[Event](math.inf)
+        self._subscribers[send] = receive
+        try:
+            yield receive
+        finally:
+            self._subscribers.pop(send, None)
+            send.close()
+            receive.close()
+
+    # ---------------------------------------------------------------- running
+
+    async def _run(self, task_status: trio.TaskStatus[None]) -> None:
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            self._core.start(self._clock())
+            nursery.start_soon(self._read)
+            nursery.start_soon(self._keep_time)
+            self._pump()
+            task_status.started()
+
+    async def _read(self) -> None:
+        while True:
+            await trio.lowlevel.wait_readable(self._sock)
+            self._receive_waiting()
+            self._pump()
+
+    async def _keep_time(self) -> None:
+        while True:
+            with trio.CancelScope(deadline=self._deadline()) as self._sleep:
+                await trio.sleep_forever()
+            self._send_delayed()
+            due = self._core.next_timer()
+            if due is not None and due <= self._clock():
+                self._receive_waiting()
+                self._core.handle_timer(self._clock())
+            self._pump()
+            await trio.lowlevel.checkpoint()
+
+    def _receive_waiting(self) -> None:
+        for _ in range(READ_BURST):
+            try:
+                data, source = self._sock.recvfrom(MAX_DATAGRAM_BYTES + 1)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError:  # the kernel reports an earlier datagram of ours as undeliverable; probes notice that too
+                self._errors["send_errors"] += 1
+                continue
+            self._core.receive(data, join_address(source[0], source[1]), self._clock())
+
+    def _pump(self) -> None:
+        """After the core was called: send, report, and set the alarm."""
+        now = self._clock()
+        for address, data in self._core.datagrams():
+            delay_s = self._delays.get(address, 0.0)
+            if delay_s > 0.0:
+                self._count += 1
+                heapq.heappush(self._delayed, (now + delay_s, self._count, address, data))
+            else:
+                self._send(address, data)
+        for event in self._core.events():
+            for send in list(self._subscribers):
+                if event.kind != "updated" or send.statistics().current_buffer_used < EVENTS_BEHIND:
+                    send.send_nowait(event)
+        if self._core.contacted or self._core.left or self._core.taken_by is not None:
+            self._changed.set()
+            self._changed = trio.Event()
+        deadline = self._deadline()
+        if deadline != self._sleep.deadline:
+            self._sleep.deadline = deadline
+
+    def _deadline(self) -> float:
+        """When there is something to do, in trio's time."""
+        due = self._core.next_timer()
+        if self._delayed and (due is None or self._delayed[0][0] < due):
+            due = self._delayed[0][0]
+        return math.inf if due is None else trio.current_time() + max(0.0, due - self._clock())
+
+    def _send_delayed(self) -> None:
+        now = self._clock()
+        while self._delayed and self._delayed[0][0] <= now:
+            _, _, address, data = heapq.heappop(self._delayed)
+            self._send(address, data)
+
+    # ---------------------------------------------------------------- addresses
+
+    def _send(self, address: str, data: bytes) -> None:
+        known = self._resolved.get(address)
+        if known is None:
+            numeric = _numeric(address, self._family)
+            if numeric is not None:
+                known = self._resolved[address] = (math.inf, numeric)
+        if known is None or known[0] < self._clock():
+            if address not in self._resolving and self._nursery is not None:
+                self._resolving.add(address)
+                self._nursery.start_soon(self._resolve, address, data)
+            return
+        try:
+            self._sock.sendto(data, known[1])
+        except OSError:  # no route, no buffer: like a datagram lost on the way
+            self._errors["send_errors"] += 1
+
+    async def _resolve(self, address: str, data: bytes) -> None:
+        """Look a host name up beside everything else, then send what waited for it."""
+        host, port = split_address(address)
+        found = None
+        try:
+            with trio.move_on_after(RESOLVE_TIMEOUT_S):
+                found = await trio.socket.getaddrinfo(host, port, family=self._family, type=socket.SOCK_DGRAM)
+        except OSError:
+            pass
+        self._resolving.discard(address)
+        if not found:
+            self._errors["unresolved"] += 1
+            return
+        if len(self._resolved) > 4096:
+            self._resolved.clear()
+        self._resolved[address] = (self._clock() + RESOLVED_S, found[0][4])
+        self._send(address, data)
+
+    def _check_name(self) -> None:
+        if self._core.taken_by is not None:
+            raise SiteNameTaken(
+                f"site {self._core.site!r} is already in the mesh, at {self._core.taken_by}: choose another --site"
+            )
+
+    def _close(self) -> None:
+        for send in list(self._subscribers):
+            send.close()
+        self._subscribers.clear()
+        self._sock.close()
+
+
+@asynccontextmanager
+async def open_gossip(
+    config: GossipConfig,
+    *,
+    sock: socket.socket | trio.socket.SocketType | None = None,
+    sealer: Sealer | None = None,
+) -> AsyncIterator[Gossip]:
+    """Run a gossip peer as long as the block lasts.
+
+    `sock` is an already bound UDP socket (trio's or the standard library's; a duplicate is used, the caller keeps and
+    closes the original); without it one is bound to `config.address`. `sealer` protects the datagrams.
+
+    Leaving the block is a crash as far as the others are concerned; call `leave` first to say farewell.
+    Raises AddressInUse if the port is taken, ConfigError if the address cannot be listened on.
+    """
+    own = _bind(config.address) if sock is None else socket.socket(fileno=os.dup(sock.fileno()))
+    own.setblocking(False)
+    name = own.getsockname()
+    gossip = Gossip(config, own, join_address(name[0], name[1]), sealer)
+    raised: BaseException | None = None
+    try:
+        async with trio.open_nursery() as nursery:
+            await nursery.start(gossip._run)
+            try:
+                yield gossip
+            except BaseException as error:
+                raised = error
+                raise
+            nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        # What the block itself raised goes out as it is: that there is a nursery in here is nobody's business.
+        if raised is not None and group.exceptions == (raised,):
+            raise raised from None
+        raise
+    finally:
+        gossip._close()
+
+
+def _bind(address: str) -> socket.socket:
+    host, port = split_address(address)
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(
+            host, port, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE
+        )[0]
+        own = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise ConfigError(f"listen {address}: {error.strerror or error}") from None
+    try:
+        own.bind(place)
+    except OSError as error:
+        own.close()
+        if error.errno == errno.EADDRINUSE:
+            raise AddressInUse(f"{address}/udp is taken: stop the other peer or choose another --listen") from None
+        raise ConfigError(f"listen {address}: {error.strerror or error}") from None
+    return own
+
+
+def _numeric(address: str, family: int) -> tuple[Any, ...] | None:
+    """The socket address of a numeric "host:port" of this family, or None."""
+    host, port = split_address(address)
+    try:
+        socket.inet_pton(family, host)
+    except OSError:
+        return None
+    return (host, port)

@@ -1,0 +1,40 @@
+"""How long a suspect may stay silent before it is declared dead (Lifeguard, Dadgar et al., section IV-B)."""
+
+from __future__ import annotations
+
+import math
+
+from mesh.gossip.timers import Timer
+
+
+class Suspicion:
+    """A timeout that starts patient and shortens with every independent accuser.
+
+    timeout = max(min, max - (max - min) * ln(C + 1) / ln(k + 1)) with C confirmations beside the first accuser and k of
+    them expected. memberlist switches this off below six members, exactly where a mesh of sites lives; here k is what
+    the mesh can give: with three sites one confirmation brings the timeout down to its minimum.
+    """
+
+    def __init__(self, now: float, *, accuser: str, possible: int, min_s: float, max_s: float) -> None:
+        """`possible`: alive members, beside the suspect and us, that could confirm. Times in seconds."""
+        self.started_s = now
+        self.timer: Timer | None = None
+        self._accusers = {accuser}
+        self._wanted = min(3, possible)
+        self._min_s = min_s
+        self._max_s = max_s
+
+    def confirm(self, accuser: str) -> bool:
+        """Count another accuser. True if it is a new one and still shortens the wait."""
+        if not accuser or accuser in self._accusers or len(self._accusers) > self._wanted:
+            return False
+        self._accusers.add(accuser)
+        return True
+
+    @property
+    def deadline_s(self) -> float:
+        """When the suspect counts as dead."""
+        if self._wanted <= 0:  # nobody can confirm: half way between haste and patience
+            return self.started_s + (self._min_s + self._max_s) / 2
+        share = math.log(len(self._accusers)) / math.log(self._wanted + 1)
+        return self.started_s + max(self._min_s, self._max_s - (self._max_s - self._min_s) * share)
