@@ -4,16 +4,15 @@ from contextlib import asynccontextmanager
 
 import pytest
 import trio
+from job_fakes import World, token_at, write_tokenizer
 
 from mesh.errors import JobCancelled, ModelError, PlanError, RequestError, WorkerError
 from mesh.jobs.coordinator import Coordinator
 from mesh.jobs.job import Job
 from mesh.wire.v1 import mesh_pb2, peer_pb2
 
-from .fakes import SPEC, World, token_at, write_tokenizer
-
 #: Three sites hold the toy model with its caches, two hold it with the reserve, one does not.
-MEMORY = int((SPEC.layers * SPEC.layer_bytes + 2 * SPEC.embedding_bytes + 256 * SPEC.kv_bytes_per_token(6)) / 1.75)
+MEMORY = 2_250_000
 
 
 @asynccontextmanager
