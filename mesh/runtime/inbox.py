@@ -21,7 +21,6 @@ class Inbox:
 
     def __init__(self) -> None:
         self.fence: Epoch = (0, "")
-        self.highest: Epoch = (0, "")
         self.wake: Callable[[], None] = lambda: None
         self._queue: deque[tuple[Command, bool]] = deque()
         self._urgent_in = 0
@@ -29,10 +28,10 @@ class Inbox:
 
     def put(self, command: Command) -> None:
         """Queue a command and wake the step thread. Called by the writer thread only."""
-        urgent = isinstance(command, Abort | Release)
+        urgent = False
         if not isinstance(command, Ping):
-            urgent = urgent or command.epoch > self.fence
-            self.highest = max(self.highest, command.epoch)
+            ends = isinstance(command, Abort | Release) and command.epoch == self.fence
+            urgent = ends or command.epoch > self.fence
         # Counted before it can be taken: a command must never be taken while it still counts as waiting.
         self._urgent_in += urgent
         self._queue.append((command, urgent))

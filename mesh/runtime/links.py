@@ -128,7 +128,7 @@ class Links:
     # -- opening
 
     def open(self, neighbours: Iterable[Neighbour]) -> None:
-        """Begin to open channels; `opened` says when they are. Raises WorkerError for a neighbour that cannot be met."""
+        """Begin to open channels; `opened` says when they are. Raises WorkerError where one cannot be met."""
         for neighbour in neighbours:
             acceptor = self._acceptors.get(neighbour.backend)
             if acceptor is None:
@@ -207,15 +207,15 @@ class Links:
         for fabric in self._fabric_list:
             fabric.wake()
 
-    def accused(self) -> str:
-        """The neighbour whose channel is broken, or the empty string where all of them live."""
+    def accused(self, error: Exception) -> str:
+        """The neighbour that `error` is about: whose channel has ended, else whom its words name; empty for nobody."""
         for channel in self.channels:
             try:
-                # A lane nobody uses: ordinary messages and collectives stay where they are.
-                channel.poll(kind=199)
+                channel.check()
             except TransportError:
                 return channel.name
-        return ""
+        named = [channel.name for channel in self.channels if channel.name and channel.name in str(error)]
+        return max(named, key=len, default="")
 
     # -- ending
 
