@@ -23,7 +23,7 @@ import trio
 
 from mesh.devices.local import LocalDevice, discover
 from mesh.errors import AddressInUse, ConfigError, MeshError
-from mesh.gossip.shell import GossipConfig, open_gossip
+from mesh.gossip import Event, Gossip, GossipConfig, open_gossip
 from mesh.jobs.ledger import Ledger
 from mesh.jobs.model import SubprocessInspector
 from mesh.peer.bridge import Bridge
@@ -102,7 +102,7 @@ class Peer:
         self,
         *,
         config: PeerConfig,
-        gossip: Any,
+        gossip: Gossip,
         ledger: Ledger,
         view: MeshView,
         service: PeerService,
@@ -319,11 +319,11 @@ def _capabilities(config: PeerConfig, devices: list[LocalDevice]) -> dict[str, A
     return {"region": config.region, "devices": [asdict(local.device) for local in devices]}
 
 
-def _address_of(gossip: Any, site: str) -> str:
+def _address_of(gossip: Gossip, site: str) -> str:
     return next((member.address for member in gossip.members() if member.site == site), "")
 
 
-async def _watch_members(gossip: Any, ledger: Ledger) -> None:
+async def _watch_members(gossip: Gossip, ledger: Ledger) -> None:
     with gossip.events() as events:
         async for event in events:
             if event.kind in ("dead", "left"):
@@ -331,6 +331,6 @@ async def _watch_members(gossip: Any, ledger: Ledger) -> None:
                     coordinator.site_left(event.site)
 
 
-async def _complain_if_alone(gossip: Any, seeds: tuple[str, ...]) -> None:
+async def _complain_if_alone(gossip: Gossip, seeds: tuple[str, ...]) -> None:
     if not await gossip.joined(JOIN_COMPLAINT_S):
         logger.warning("nobody answers at %s yet; still trying", ", ".join(seeds))
