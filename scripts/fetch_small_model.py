@@ -77,6 +77,7 @@ def _write_folder(gguf: Path, folder: Path) -> None:
         part.mkdir()
         tensors = {key: value.contiguous() for key, value in weights.items() if key != "lm_head.weight"}
         save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+        (part / "model.safetensors").chmod(0o644)
         config: dict[str, Any] = settings.to_diff_dict()
         config.pop("quantization_config", None)
         config |= {"architectures": [type(model).__name__], "dtype": "float32", "tie_word_embeddings": True}

@@ -54,7 +54,9 @@ class Safetensors:
         return self._tensors[name].dtype
 
     def read_into(self, out: torch.Tensor, name: str, start: tuple[int, ...]) -> None:
-        """Fill `out` (any strides, dtype, device) with the block of `name` that begins at `start`. Raises ModelError."""
+        """Fill `out` (any strides, dtype, device) with the block of `name` that begins at `start`. Raises
+        ModelError.
+        """
         stored = self._tensors[name]
         row = _elements(stored.shape[1:])
         width = stored.dtype.itemsize
@@ -139,7 +141,8 @@ def _elements(shape: tuple[int, ...]) -> int:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    flat: Any = tensor.view(-1).view(torch.uint8).numpy()
+    return memoryview(flat)
 
 
 def _line(error: Exception) -> str:

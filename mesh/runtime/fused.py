@@ -2,8 +2,8 @@
 
 q, k and v are one matrix, gate and up another; one row's norm is a dot product; a decoding step's query heads attend as
 rows of their KV head, so that no key is copied. What it computes is what transformers' modules compute, and the tests
-hold it to that. Why it exists: importing those modules costs a worker 110 MB and 2 s, and a step through them about twice
-the time (docs/benchmarks.md has the figures of `python -m benchmarks.decode`).
+hold it to that. It exists because importing those modules costs a worker 130 MB and 2 s, and because a step through them
+takes longer: `python -m benchmarks.decode` measures how much.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class FusedLayer:
         for module in modules:
             name = f"{self._prefix}{module}.{kind}"
             whole = source.shape(name)
-            cut = cut_of(module, kind, whole, TP_PLAN[f"layers.*.{module}"], self._shape.kv_heads, a)
+            cut = cut_of(module, kind, whole, plan=TP_PLAN[f"layers.*.{module}"], kv_heads=self._shape.kv_heads, a=a)
             self._cuts[name] = cut
             blocks.append((name, cut, cut.shape(whole)))
         rows = sum(size[0] for _, _, size in blocks)
@@ -137,7 +137,7 @@ class FusedStack:
             x = x + projected
         return x
 
-    def _attend(
+    def _attend(  # noqa: PLR0917 - an inner step of `run`, with what is the same for all layers
         self,
         layer: FusedLayer,
         x: torch.Tensor,
@@ -209,4 +209,5 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * wide.to(x.dtype)
+    normed: torch.Tensor = weight * wide.to(x.dtype)
+    return normed

@@ -33,7 +33,7 @@ class FusedModel:
             shape.vocab,
         )
         self._stack = FusedStack(shape, a)
-        self._embedding = None if keep is None else keep._embedding
+        self._embedding: torch.Tensor | None = None if keep is None else keep._embedding
         self._head: tuple[Cut, Matrix] | None = None if keep is None else keep._head
         self._norm: torch.Tensor | None = None
         self._kept: dict[int, FusedLayer] = {} if keep is None else keep._stack.layers
@@ -79,10 +79,7 @@ class FusedModel:
         """Hidden states [n, hidden] of token ids; on the first stage's lead only."""
         if self._embedding is not None:
             return functional.embedding(torch.tensor(tokens, device=self._a.device), self._embedding)
-        states = torch.empty((len(tokens), self.hidden), dtype=TORCH_DTYPES[self._a.dtype])
-        for row, token in enumerate(tokens):
-            self._source.read_into(states[row : row + 1], EMBEDDING, (token, 0))
-        return states
+        return self._source.look_up(EMBEDDING, tokens, TORCH_DTYPES[self._a.dtype])
 
     def run(
         self, x: torch.Tensor, position: int, sequence: Sequence, all_reduce: AllReduce | None, *, logits: bool

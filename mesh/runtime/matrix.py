@@ -50,7 +50,8 @@ def _pack(weight: torch.Tensor) -> Any:
 @cache
 def packs(dtype: torch.dtype) -> bool:
     """Whether this build and this CPU multiply packed matrices of this dtype, and get them right."""
-    if not torch.backends.mkldnn.is_available() or dtype not in (torch.float32, torch.bfloat16):
+    available = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    if not available or dtype not in (torch.float32, torch.bfloat16):
         return False
     weight = torch.arange(-64, 64, dtype=dtype).reshape(8, 16) / 64
     x = torch.arange(16, dtype=dtype).reshape(1, 16) / 16

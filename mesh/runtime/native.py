@@ -86,6 +86,7 @@ class NativeModel:
             done += block.nbytes
             progress(done, total)
         self._kept = {}
+        self._check_entrance()
         progress(total, total)
 
     def _wanted(self) -> Iterator[tuple[nn.Module, str, str, str, Cut, torch.Tensor]]:
@@ -111,6 +112,29 @@ class NativeModel:
     def nbytes(self) -> int:
         """Bytes of weights held."""
         return sum(piece.tensor().nbytes for piece in self._held.values())
+
+    def _check_entrance(self) -> None:
+        """Whether hidden states from the stage before enter the layers unchanged.
+
+        Some families scale what they take for embeddings. With no layers and no norm the model must be the identity.
+        """
+        if self._a.first:
+            return
+        base = self._base
+        if hasattr(base, "embedding_multiplier"):  # granite
+            base.embedding_multiplier = 1.0
+        layers, norm = base.layers, base.norm
+        base.layers, base.norm = nn.ModuleList(), nn.Identity()
+        base.config.num_hidden_layers = 0
+        try:
+            states = torch.ones((1, 1, self.hidden), dtype=TORCH_DTYPES[self._a.dtype], device=self._a.device)
+            positions = torch.zeros((1, 1), dtype=torch.long, device=self._a.device)
+            found = base(inputs_embeds=states, position_ids=positions, use_cache=False).last_hidden_state
+        finally:
+            base.layers, base.norm = layers, norm
+            base.config.num_hidden_layers = len(layers)
+        if not torch.equal(found, states):
+            raise ModelError(f"{self._source.path}: its family scales hidden states; it runs as a single stage only")
 
     def embed(self, tokens: list[int]) -> torch.Tensor:
         """Hidden states [n, hidden] of token ids; on the first stage's lead only."""
@@ -156,7 +180,7 @@ class NativeModel:
             raise ModelError(f"{self._source.path}: its tensor-parallel plan leaves out {module}")
         if plan == "rowwise" and kind == "bias" and not self._a.leads:
             return name, None
-        return name, cut_of(module, kind, whole, plan, self.kv_heads, self._a)
+        return name, cut_of(module, kind, whole, plan=plan, kv_heads=self.kv_heads, a=self._a)
 
 
 def _cache(sequence: Sequence, position: int, start: int) -> Any:

@@ -1,7 +1,7 @@
 """The settings the fused path needs, out of a config.json; and which families it covers.
 
-The families are the ones whose decoder layer is: RMSNorm, attention with rotary embeddings and grouped KV heads, RMSNorm,
-gated SiLU MLP. A setting that is missing or unknown sends a model down the general path, which leaves every default to
+The families are the ones whose decoder layer is: RMSNorm, attention with rotary embeddings and grouped KV heads,
+RMSNorm, gated SiLU MLP. A setting that is missing or unknown sends a model down the general path, which leaves every default to
 transformers.
 """
 
@@ -96,9 +96,9 @@ def inverse_frequencies(shape: Shape) -> torch.Tensor:
     """float32 [head_dim / 2]: the rotary embedding's frequencies, scaled as Llama 3.1 or linearly where asked for."""
     rope = dict(shape.rope)
     exponents = torch.arange(0, shape.head_dim, 2, dtype=torch.float) / shape.head_dim
-    frequencies = 1.0 / (rope["rope_theta"] ** exponents)
+    frequencies: torch.Tensor = 1.0 / (rope["rope_theta"] ** exponents)
     if rope["rope_type"] == "linear":
-        return frequencies / rope["factor"]
+        return frequencies / float(rope["factor"])
     if rope["rope_type"] == "default":
         return frequencies
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]

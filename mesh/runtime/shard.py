@@ -1,8 +1,8 @@
 """Which block of which tensor a shard holds, and filling it: from what the worker holds already, else from disk.
 
 Tensor parallelism follows Megatron-LM (Shoeybi et al., arXiv:1909.08053): q, k, v, gate and up are cut by rows
-("colwise" in transformers' plans), o and down by columns ("rowwise"), and their outputs are summed over the shards. Query
-heads follow their KV head, so shards may hold different numbers of groups.
+("colwise" in transformers' plans), o and down by columns ("rowwise"), and their outputs are summed over the shards.
+Query heads follow their KV head, so shards may hold different numbers of groups.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Held = Mapping[str, Piece]
 
 
 def fill(out: torch.Tensor, source: ModelSource, name: str, cut: Cut, held: Held) -> None:
-    """Fill `out` with a block of tensor `name`: what `held` has of it is copied, the rest is read. Raises ModelError."""
+    """Fill `out` with a block of tensor `name`: what `held` has is copied, the rest is read. Raises ModelError."""
     whole = source.shape(name)
     if cut.dim is not None and cut.stop > whole[cut.dim]:
         raise ModelError(f"{source.path}: {name} has shape {list(whole)}, too small for {cut.start}:{cut.stop}")
@@ -76,7 +76,7 @@ def _read(out: torch.Tensor, source: ModelSource, name: str, dim: int | None, st
     source.read_into(out, name, tuple(start if index == dim else 0 for index in range(out.dim())))
 
 
-def cut_of(module: str, kind: str, whole: tuple[int, ...], plan: str | None, kv_heads: int, a: Assignment) -> Cut:
+def cut_of(module: str, kind: str, whole: tuple[int, ...], *, plan: str | None, kv_heads: int, a: Assignment) -> Cut:
     """The cut of a layer's tensor, from its module's entry in the tensor-parallel plan.
 
     `module` is the path within the layer ("self_attn.q_proj"), `kind` "weight" or "bias", `kv_heads` the model's.

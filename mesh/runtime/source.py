@@ -50,7 +50,7 @@ class ModelSource:
     def read_into(self, out: torch.Tensor, name: str, start: tuple[int, ...]) -> None:
         """Fill `out` with the block of tensor `name` that begins at `start`, cast and copied as `out` needs it.
 
-        Raises ModelError where the file is damaged: too short, of another shape, or holding numbers that are not finite.
+        Raises ModelError where the file is damaged: too short, of another shape, or with numbers that are not finite.
         """
         shape = self.shape(name)
         if len(start) != len(shape) or any(
@@ -61,6 +61,13 @@ class ModelSource:
         # One sum finds any inf or nan at the speed of reading; a mask would cost a second pass and memory.
         if out.numel() and not torch.isfinite(out.sum(dtype=torch.float32)):
             raise ModelError(f"{self.path}: tensor {name} holds numbers that are not finite; fetch the model again")
+
+    def look_up(self, name: str, rows: list[int], dtype: torch.dtype) -> torch.Tensor:
+        """Some rows of a matrix [len(rows), columns], each read from the file: microseconds where it is cached."""
+        out = torch.empty((len(rows), self.shape(name)[1]), dtype=dtype)
+        for place, row in enumerate(rows):
+            self._tensors.read_into(out[place : place + 1], name, (row, 0))
+        return out
 
     def default_dtype(self) -> str:
         """The dtype the checkpoint was made in ("float32", "bfloat16", "float16"); float32 for GGUF."""
