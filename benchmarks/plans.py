@@ -1,7 +1,7 @@
 """What a job costs on each kind of plan: speed, where the time goes, what crosses the links, and memory.
 
-All devices are one thread of this machine's CPU. A single stream keeps one stage busy at a time, so three stages share two
-cores without loss; the shards of one stage do compute at the same time.
+All devices are one thread of this machine's CPU. A single stream keeps one stage busy at a time, so three stages share
+two cores without loss; the shards of one stage do compute at the same time.
 """
 
 from __future__ import annotations

@@ -33,6 +33,8 @@ DEVICE = "cpu,threads=1,memory=400MiB"
 PROMPT = "Why is the sky blue? Answer in one sentence, then tell a short story about it."
 #: Tokens before the kill: enough for a steady rate, few enough that most of the answer is still to come.
 KILL_AFTER = 24
+#: A wait of so many times the usual one is the recovery, and is shown.
+STALLED = 2.5
 CONVERGE_TIMEOUT_S = 90.0
 READY_TIMEOUT_S = 180.0
 IDLE_TIMEOUT_S = 90.0
@@ -159,9 +161,9 @@ def _stream(job: mesh.Job, messages: list[dict[str, str]], max_tokens: int, flee
     with job.stream(messages, max_tokens=max_tokens, idle_timeout_s=IDLE_TIMEOUT_S) as stream:
         for chunk in stream:
             now = time.monotonic()
-            if outcome.killed_at and not stalled and now - outcome.arrivals[-1] > 1.0:
+            if outcome.killed_at and not stalled and now - outcome.arrivals[-1] > STALLED / outcome.tokens_per_s:
                 stalled = True
-                print(f"\n--- goes on {now - outcome.arrivals[-1]:.1f} s later", flush=True)
+                print(f"\n--- goes on {now - outcome.arrivals[-1]:.1f} s after the last token", flush=True)
             outcome.tokens += chunk.token_ids
             outcome.arrivals += [now] * len(chunk.token_ids)
             outcome.text += chunk.text
