@@ -86,13 +86,13 @@ class PeerService:
                 f"the shard needs {assignment.memory_bytes / 1e6:.0f} MB"
             )
         job.reserved_bytes[request.device] = assignment.memory_bytes
-        self._on_load()
+        self._loads_changed()
         own = replace(assignment, device=local.torch_device, threads=local.threads)
         try:
             return await self._pool.prepare(own, progress, name=request.device)
         except MeshError:
             job.reserved_bytes.pop(request.device, None)
-            self._on_load()
+            self._loads_changed()
             raise
 
     async def connect(self, request: peer_pb2.ConnectRequest) -> None:
@@ -151,7 +151,7 @@ class PeerService:
                 message = event.message
                 if message.HasField("failure") and message.failure.fatal:
                     job.reserved_bytes.pop(message.device, None)
-                    self._on_load()
+                    self._loads_changed()
                 for listener in list(job.listeners):
                     listener.send_nowait(message)
 
@@ -172,6 +172,9 @@ class PeerService:
             job.reserved_bytes.pop(device, None)
         if not job.reserved_bytes and not job.listeners:
             self._jobs.pop(name, None)
+        self._loads_changed()
+
+    def _loads_changed(self) -> None:
         self._ended.set()
         self._on_load()
 

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 #: Bounds of what a peer may say of itself: beyond them lies a mistake or a lie.
 MAX_DEVICES, MAX_BYTES, MAX_SPEED, MAX_RTT_S = 64, 1 << 46, 1e18, 60.0
+#: What reading a document that is not what it should be can raise.
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 #: States of a member whose devices may be planned on; a suspect may yet refute.
 PRESENT = frozenset({"alive", "suspect"})
 
@@ -52,7 +54,7 @@ class MeshView:
             if name in present:
                 try:
                     sites.append(_site(name, entry, loads.get(name, {})))
-                except (KeyError, TypeError, ValueError) as error:
+                except MALFORMED as error:
                     logger.warning("the capabilities that %s publishes are left out: %s", name, error)
         links = []
         for source, entry in self._gossip.entries("links").items():
@@ -132,6 +134,6 @@ def _link(source: str, target: str, entry: Any) -> Link | None:
             jitter_s=_number(entry.get("jitter_s", 0.0), MAX_RTT_S),
             loss=_number(entry.get("loss", 0.0), 1.0),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except MALFORMED as error:
         logger.warning("the link from %s to %s is left out: %s", source, target, error)
         return None

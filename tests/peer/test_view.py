@@ -1,0 +1,91 @@
+"""The snapshot takes what honest peers publish and leaves out what no honest peer would."""
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mesh.errors import PeerUnreachable
+from mesh.peer.view import MeshView
+
+DEVICE = {
+    "name": "cpu0", "kind": "cpu", "vendor": "amd", "memory_bytes": 1000, "free_bytes": 1000,
+    "flops": {"float32": 1e9}, "memory_bandwidth": 1e9, "reserve": 0.2,
+}  # fmt: skip
+
+
+class FakeGossip:
+    def __init__(self, entries=None, states=None):
+        self._entries = entries or {}
+        self._states = states or {"a": "alive", "b": "alive"}
+
+    def members(self):
+        return [SimpleNamespace(site=s, state=state, address=f"127.0.0.1:{i}") for i, (s, state) in
+                enumerate(self._states.items(), 1)]  # fmt: skip
+
+    def entries(self, key):
+        return self._entries.get(key, {})
+
+
+def view(entries=None, states=None):
+    return MeshView("a", FakeGossip(entries, states), local=object())
+
+
+def capabilities(**changes):
+    return {"region": "here", "devices": [{**DEVICE, **changes}]}
+
+
+def test_present_sites_with_their_load_and_links_make_the_snapshot():
+    snapshot = view(
+        {
+            "capabilities": {"a": capabilities(), "b": capabilities()},
+            "load": {"b": {"cpu0": 250}},
+            "links": {"a": {"b": {"rtt_s": 0.02, "jitter_s": 0.001, "loss": 0.0}}},
+        }
+    ).snapshot()
+    assert [site.name for site in snapshot.sites] == ["a", "b"]
+    assert snapshot.sites[1].devices[0].free_bytes == 250
+    assert snapshot.links[0].rtt_s == 0.02
+
+
+@pytest.mark.parametrize("state", ["dead", "left"])
+def test_sites_that_are_gone_are_not_planned_on(state):
+    entries = {"capabilities": {"a": capabilities(), "b": capabilities()}}
+    snapshot = view(entries, {"a": "alive", "b": state}).snapshot()
+    assert [site.name for site in snapshot.sites] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"memory_bytes": -1},
+        {"memory_bytes": float("nan")},
+        {"memory_bytes": 1e30},
+        {"memory_bandwidth": float("inf")},
+        {"flops": {"float32": "fast"}},
+        {"flops": None},
+        {"reserve": 2.0},
+    ],
+)
+def test_a_device_that_cannot_be_leaves_its_site_out(change):
+    snapshot = view({"capabilities": {"a": capabilities(), "b": capabilities(**change)}}).snapshot()
+    assert [site.name for site in snapshot.sites] == ["a"]
+
+
+json = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(json, json, json)
+def test_whatever_a_peer_publishes_makes_a_snapshot(caps, load, links):
+    entries = {"capabilities": {"a": capabilities(), "b": caps}, "load": {"b": load}, "links": {"b": links}}
+    assert view(entries).snapshot().sites[0].name == "a"
+
+
+def test_a_site_that_nobody_knows_has_no_peer():
+    with pytest.raises(PeerUnreachable, match="atlantis"):
+        view().peer("atlantis")
