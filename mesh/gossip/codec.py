@@ -1,6 +1,6 @@
-"""Datagrams: a fixed header, then a sealed body of msgpack objects, the sender first.
+"""Datagrams: a fixed header, then a sealed msgpack list, the sender first.
 
-    magic "ISTM" | version 1 byte | blake2b-64 of the cluster's name | sealed( sender, message, message, ... )
+    magic "ISTM" | version 1 byte | blake2b-64 of the cluster's name | sealed([sender, message, message, ...])
 
 The decoder is strict: every field has a type and bounds, nothing may be left over, and whatever is wrong with a
 datagram it raises `Malformed` (or `Foreign` for another cluster or version), never anything else. A later identity
@@ -9,7 +9,7 @@ layer seals and signs by passing its own `Sealer`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from typing import Any, NamedTuple, Protocol
 
@@ -34,6 +34,8 @@ from mesh.gossip.messages import (
 MAGIC = b"ISTM"
 VERSION = 1
 FINGERPRINT_BYTES = 8
+#: msgpack's array 16; its length follows in two bytes.
+_LIST = b"\xdc"
 
 #: Messages in one datagram; the smallest takes 3 bytes, so an honest one never comes near.
 MAX_MESSAGES = 256
@@ -91,15 +93,16 @@ class Codec:
         """`cluster`: peers of another cluster's name are not heard."""
         self._sealer: Sealer = sealer or Unsealed()
         self._header = MAGIC + bytes([VERSION]) + blake2b(cluster.encode(), digest_size=8).digest()
-        self._fixed_bytes = len(self._header) + self._sealer.overhead_bytes
+        self._fixed_bytes = len(self._header) + len(_LIST) + 2 + self._sealer.overhead_bytes
 
     def room_bytes(self, sender: bytes) -> int:
         """Bytes left for messages in a datagram that starts with the packed `sender`."""
         return config.MAX_DATAGRAM_BYTES - self._fixed_bytes - len(sender)
 
-    def join(self, sender: bytes, messages: Iterable[bytes]) -> bytes:
+    def join(self, sender: bytes, messages: Sequence[bytes]) -> bytes:
         """One datagram of a packed sender and packed messages; the caller sees to it that they fit."""
-        return self._header + self._sealer.seal(self._header, sender + b"".join(messages))
+        count = (len(messages) + 1).to_bytes(2)
+        return self._header + self._sealer.seal(self._header, b"".join([_LIST, count, sender, *messages]))
 
     def decode(self, data: bytes) -> Datagram:
         """Raises Foreign or Malformed, nothing else."""
@@ -109,8 +112,6 @@ class Codec:
         if len(data) > config.MAX_DATAGRAM_BYTES:
             raise Malformed("datagram too large")
         objects = _objects(self._sealer.open(self._header, data[size:]))
-        if not objects:
-            raise Malformed("empty datagram")
         return Datagram(_sender(objects[0]), [_message(item) for item in objects[1:]])
 
 
@@ -151,32 +152,23 @@ def _refuse_extension(code: int, data: bytes) -> Any:
 
 
 def _objects(body: bytes) -> list[Any]:
-    """The msgpack objects of `body`, all of it. Containers cannot claim more elements than there are bytes."""
-    size = len(body)
-    unpacker = msgpack.Unpacker(
-        raw=False,
-        strict_map_key=True,
-        ext_hook=_refuse_extension,
-        max_buffer_size=config.MAX_DATAGRAM_BYTES,
-        max_str_len=size,
-        max_bin_len=size,
-        max_array_len=16,
-        max_map_len=config.MAX_KEYS_PER_SITE,
-        max_ext_len=0,
-    )
-    objects: list[Any] = []
+    """The msgpack list that is `body`, all of it. Containers cannot claim more elements than a datagram may have."""
     try:
-        unpacker.feed(body)
-        for item in unpacker:
-            objects.append(item)
-            if len(objects) > MAX_MESSAGES:
-                raise Malformed("too many messages")
-        if unpacker.tell() != size:
-            raise Malformed("truncated")
+        objects = msgpack.unpackb(
+            body,
+            raw=False,
+            strict_map_key=True,
+            ext_hook=_refuse_extension,
+            max_array_len=MAX_MESSAGES + 1,
+            max_map_len=config.MAX_KEYS_PER_SITE,
+            max_ext_len=0,
+        )
     except Malformed:
         raise
     except Exception as error:  # msgpack raises half a dozen unrelated classes; for us they all mean the same
         raise Malformed(f"not msgpack: {type(error).__name__}") from None
+    if type(objects) is not list or not objects:
+        raise Malformed("not a list of messages")
     return objects
 
 
