@@ -57,7 +57,8 @@ def run(config: PeerConfig) -> None:
     """Run a peer until SIGTERM or SIGINT. Raises the MeshError that kept it from starting."""
     os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
-    logging.getLogger("hypercorn").setLevel(logging.WARNING)
+    for chatty in ("hypercorn", "mesh.http"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     with DataDir(config.data_dir) as data:
         try:
             trio.run(_guarded, config, data)
