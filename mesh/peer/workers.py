@@ -288,6 +288,7 @@ class WorkerPool:
                     await self._read_events(worker)
                 except ProtocolError as error:
                     reason = str(error)
+                    worker.process.kill()
                 with trio.move_on_after(EXIT_S):
                     await worker.process.wait()
                 nursery.cancel_scope.cancel()

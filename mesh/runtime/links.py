@@ -168,7 +168,8 @@ class Links:
     @property
     def missing(self) -> list[str]:
         """The names of the neighbours that have not answered yet."""
-        return [*(n.name for n in self._opening.values()), *(n.name for n, _ in self._connecting)]
+        waiting = [*self._opening.values(), *(neighbour for neighbour, _ in self._connecting)]
+        return sorted({neighbour.name for neighbour in waiting})
 
     def _place(self, neighbour: Neighbour, channel: Channel) -> None:
         if neighbour.role == "next":
