@@ -86,6 +86,11 @@ class Plan:
         """Every site that takes part, sorted."""
         return tuple(sorted({shard.site for stage in self.stages for shard in stage.shards}))
 
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """Every shard of every stage, in ring order."""
+        return tuple(shard for stage in self.stages for shard in stage.shards)
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON document, the inverse of `from_dict`. Adds `ring` and `sites` for readers."""
         document = asdict(self)

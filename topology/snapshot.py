@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import networkx as nx
@@ -76,6 +77,22 @@ class Snapshot:
                 graph.add_edge(link.source, link.target, link=link)
         nx.freeze(graph)
         return graph
+
+    def without(self, names: Collection[str]) -> Snapshot:
+        """The snapshot as if the sites of those names did not exist."""
+        kept = tuple(site for site in self.sites if site.name not in names)
+        left = {site.name for site in kept}
+        return Snapshot(kept, tuple(link for link in self.links if link.source in left and link.target in left))
+
+    def with_freed(self, held_bytes: Mapping[str, int]) -> Snapshot:
+        """The snapshot with memory given back: `held_bytes` by `site/device`, never more than a device has."""
+
+        def freed(site: Site, device: Device) -> Device:
+            free = device.free_bytes + held_bytes.get(f"{site.name}/{device.name}", 0)
+            return replace(device, free_bytes=min(device.memory_bytes, free))
+
+        sites = (replace(site, devices=tuple(freed(site, device) for device in site.devices)) for site in self.sites)
+        return Snapshot(tuple(sites), self.links)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON document, the inverse of `from_dict`."""

@@ -9,22 +9,19 @@ do harm. Live requests wait through a recovery and start again with the tokens t
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import trio
 
 from mesh.errors import MeshError, ModelError, PeerUnreachable, PlanError, RequestError
-from mesh.jobs.deploy import ShardFailed, deploy, wire_epoch
-from mesh.jobs.job import Job
+from mesh.jobs.deploy import ShardFailed, deploy
+from mesh.jobs.job import Job, wire_epoch
 from mesh.jobs.model import Inspector, ModelInfo
 from mesh.jobs.peers import View
-from mesh.jobs.request import Options, Request, prompt_of
-from mesh.runtime.text import Text
-from mesh.wire.v1 import mesh_pb2, peer_pb2
+from mesh.jobs.serving import Serving
+from mesh.wire.v1 import peer_pb2
 from topology import Constraints, Plan, TopologyError, partition
-from topology.model import ModelSpec
-from topology.snapshot import Device, Site, Snapshot
 
 #: Workers report once a second; a peer silent for this long is asked, and lost if it does not answer.
 SILENCE_S = 4.0
@@ -34,8 +31,6 @@ PING_DEADLINE_S = 2.0
 STALL_S = 60.0
 #: A site that was lost is not planned on again for this long, unless gossip says meanwhile that it is gone anyway.
 QUARANTINE_S = 30.0
-#: Clients hear at least this often from a request that waits: for room, for a prefill, or for a recovery.
-HEARTBEAT_S = 10.0
 #: Set-ups that may fail one after the other before the job does.
 MAX_ATTEMPTS = 5
 
@@ -53,18 +48,13 @@ class Coordinator:
 
     def __init__(self, job: Job, view: View, inspector: Inspector, on_change: Callable[[], None]) -> None:
         self.job = job
-        self.requests: dict[str, Request] = {}
-        self.tokens_total = 0
+        self.serving = Serving(job, view, self._suspect)
         self._view = view
         self._inspector = inspector
         self._on_change = on_change
         self._info: ModelInfo | None = None
-        self._text: Text | None = None
-        self._serial = 0
         self._lost: dict[str, float] = {}
         self._suspects: trio.MemorySendChannel[tuple[str, str]] | None = None
-        self._reserved_tokens = 0
-        self._room = trio.Event()
         self._scope = trio.CancelScope()
 
     async def run(self) -> None:
@@ -72,7 +62,7 @@ class Coordinator:
         with self._scope:
             try:
                 self._info = await self._inspector(self.job.model)
-                self._text = Text.load(self._info.tokenizer)
+                self.serving.open(self._info)
                 await self._turns()
             except MeshError as error:
                 cause = error.error if isinstance(error, ShardFailed) else error
@@ -81,8 +71,7 @@ class Coordinator:
                 self._update(state="failed", error=PlanError(str(error)))
         if not self.job.ended:
             self._update(state="cancelled")
-        for request in self.requests.values():
-            request.wake()
+        self.serving.wake()
         await self._release(self.job.plan)
 
     def cancel(self) -> None:
@@ -98,9 +87,11 @@ class Coordinator:
     def plan(self, info: ModelInfo) -> Plan:
         """Where the job would run now. Raises TopologyError."""
         constraints = Constraints.parse(self.job.constraints)
-        spec = info.spec if constraints.dtype is None else _with_dtype(info.spec, constraints.dtype)
-        snapshot = _without(self._view.snapshot(), self._avoid())
-        return partition(_with_freed(snapshot, self.job.plan), spec, constraints, strategy=self.job.strategy)
+        spec = info.spec if constraints.dtype is None else replace(info.spec, dtype=constraints.dtype)
+        # The job's own present shards make room for the next ones.
+        held = {shard.key: shard.memory_bytes for shard in self.job.plan.shards} if self.job.plan else {}
+        snapshot = self._view.snapshot().without(self._avoid()).with_freed(held)
+        return partition(snapshot, spec, constraints, strategy=self.job.strategy, previous=self.job.plan)
 
     async def _turns(self) -> None:
         assert self._info is not None
@@ -138,8 +129,8 @@ class Coordinator:
             failure = await self._deploy_unless_lost(plan, receive)
             if failure is None:
                 self._update(state="ready")
-                for request in list(self.requests.values()):
-                    nursery.start_soon(self._start, request)
+                for request in self.serving.live:
+                    nursery.start_soon(self.serving.start, request)
                 nursery.start_soon(self._watch_silence, plan, heard)
                 _, reason = await receive.receive()
             nursery.cancel_scope.cancel()
@@ -203,9 +194,7 @@ class Coordinator:
             return
         match event.WhichOneof("event"):
             case "token":
-                request = self.requests.get(event.token.request)
-                if request is not None and request.accept(event.token):
-                    self.tokens_total += 1
+                self.serving.accept(event.token)
             case "failure":
                 accused = event.failure.neighbour.split("/")[0] or site
                 self._suspect(accused, f"{site}/{event.device}: {event.failure.reason}")
@@ -222,7 +211,7 @@ class Coordinator:
             for site in plan.sites:
                 if now - heard[site] > SILENCE_S:
                     self._suspect(site, f"{site} was silent for {SILENCE_S:.0f} s")
-            for request in self.requests.values():
+            for request in self.serving.live:
                 if not request.finish_reason and now - request.progress_at > STALL_S:
                     self._suspect("", f"no token for request {request.name} in {STALL_S:.0f} s")
 
@@ -265,101 +254,6 @@ class Coordinator:
                 for site in set(former.sites) - set(self._lost):
                     nursery.start_soon(one, site)
 
-    async def generate(self, message: mesh_pb2.GenerateRequest) -> AsyncGenerator[mesh_pb2.GenerateEvent, None]:
-        """Serve one request: events until the last, which carries the finish reason and the timings.
-
-        Raises RequestError for a request that cannot be served, and the job's error if the job ends meanwhile.
-        Closing the iterator ends the request everywhere.
-        """
-        options = Options.parse(message)
-        await self.job.ready()
-        assert self._info is not None and self._text is not None and self.job.plan is not None
-        prompt = self._text.encode(prompt_of(message))
-        context = self.job.plan.context
-        if len(prompt) >= context:
-            raise RequestError(f"the prompt has {len(prompt)} tokens: the context of this job holds {context}")
-        budget = min(len(prompt) + options.max_tokens, context)
-        while not self._take_room(budget, context):
-            yield mesh_pb2.GenerateEvent()
-            with trio.move_on_after(HEARTBEAT_S):
-                await self._request_ended()
-            self.job.raise_if_ended()
-        self._serial += 1
-        request = Request(f"{self.job.id}.{self._serial}", prompt, options, self._text, self._info.eos)
-        self.requests[request.name] = request
-        try:
-            if self.job.state == "ready":
-                await self._start(request)
-            yield mesh_pb2.GenerateEvent(prompt_tokens=len(prompt))
-            while True:
-                event = await self._next_event(request)
-                if event.finish_reason:
-                    event.timings_json = request.timings_json()
-                yield event
-                if event.finish_reason:
-                    return
-        finally:
-            del self.requests[request.name]
-            self._reserved_tokens -= budget
-            self._room.set()
-            await self._stop(request)
-
-    async def idle(self) -> None:
-        """Wait until no request is live. The caller bounds the wait."""
-        while self.requests:
-            await self._request_ended()
-
-    async def _request_ended(self) -> None:
-        self._room = trio.Event()
-        await self._room.wait()
-
-    def _take_room(self, tokens: int, context: int) -> bool:
-        """Reserve KV-cache room, sized for `context` tokens in all, for `tokens` more. False where there is none."""
-        if self._reserved_tokens and self._reserved_tokens + tokens > context:
-            return False
-        self._reserved_tokens += tokens
-        return True
-
-    async def _next_event(self, request: Request) -> mesh_pb2.GenerateEvent:
-        """The next event; an empty one after a silence, so that the client knows that somebody is there."""
-        with trio.move_on_after(HEARTBEAT_S):
-            while True:
-                event = request.take()
-                if event is not None:
-                    return event
-                self.job.raise_if_ended()
-                await request.arrived()
-        return mesh_pb2.GenerateEvent()
-
-    async def _start(self, request: Request) -> None:
-        """Start, or start again, at the lead of the first stage. A failure there is a suspicion, not an end."""
-        assert self.job.plan is not None
-        lead = self.job.plan.stages[0].lead
-        request.progress_at = trio.current_time()
-        if request.finish_reason:
-            return
-        message = request.start_message(self.job.id, wire_epoch(self.job.epoch), lead.device)
-        try:
-            await self._view.peer(lead.site).start(message)
-        except RequestError:
-            raise
-        except MeshError as error:
-            self._suspect(lead.site, f"{lead.key}: {error}")
-
-    async def _stop(self, request: Request) -> None:
-        """Free what the workers hold for the request, unless they ended it themselves."""
-        if request.ended_by_worker or self.job.plan is None or self.job.state != "ready":
-            return
-        lead = self.job.plan.stages[0].lead
-        message = peer_pb2.StopRequest(
-            job=self.job.id, epoch=wire_epoch(self.job.epoch), device=lead.device, request=request.name
-        )
-        with trio.move_on_after(PING_DEADLINE_S, shield=True):
-            try:
-                await self._view.peer(lead.site).stop(message)
-            except MeshError:
-                pass  # the worker is gone, and with it what it held
-
     def _update(self, **changes: object) -> None:
         self.job.update(**changes)
         self._on_change()
@@ -368,45 +262,3 @@ class Coordinator:
 def _worth_another_try(error: MeshError) -> bool:
     """A dead peer, a lost race for memory or a late answer may pass; a bad model or a bad request will not."""
     return not isinstance(error, ModelError | RequestError)
-
-
-def _with_dtype(spec: ModelSpec, dtype: str) -> ModelSpec:
-    return ModelSpec.from_dict({**spec.to_dict(), "dtype": dtype})
-
-
-def _without(snapshot: Snapshot, sites: frozenset[str]) -> Snapshot:
-    kept = tuple(site for site in snapshot.sites if site.name not in sites)
-    names = {site.name for site in kept}
-    return Snapshot(kept, tuple(link for link in snapshot.links if link.source in names and link.target in names))
-
-
-def _with_freed(snapshot: Snapshot, plan: Plan | None) -> Snapshot:
-    """Count the memory that the job's own present shards hold as free: the new plan takes their place."""
-    if plan is None:
-        return snapshot
-    held = {shard.key: shard.memory_bytes for stage in plan.stages for shard in stage.shards}
-
-    def freed(site: Site, device: Device) -> Device:
-        free = min(device.memory_bytes, device.free_bytes + held.get(f"{site.name}/{device.name}", 0))
-        return Device(
-            device.name,
-            device.kind,
-            device.vendor,
-            device.memory_bytes,
-            free,
-            device.flops,
-            device.memory_bandwidth,
-            device.reserve,
-        )
-
-    sites = tuple(
-        Site(
-            site.name,
-            site.region,
-            tuple(freed(site, device) for device in site.devices),
-            site.local_rtt_s,
-            site.local_bandwidth,
-        )
-        for site in snapshot.sites
-    )
-    return Snapshot(sites, snapshot.links)

@@ -16,6 +16,7 @@ import msgpack
 import trio
 
 from mesh.errors import DeadlineExceeded, JobFailed, MeshError
+from mesh.jobs.job import wire_epoch
 from mesh.jobs.peers import Progress, View
 from mesh.runtime.assignment import Assignment, assignments
 from mesh.wire.v1 import peer_pb2
@@ -155,11 +156,6 @@ def _neighbours(
             peer_pb2.Neighbour(role=wire.acceptor_role, rank=wire.acceptor_rank, name=wire.connector.key, **common)
         )
     return ends
-
-
-def wire_epoch(epoch: tuple[int, str]) -> peer_pb2.Epoch:
-    """The epoch as it travels."""
-    return peer_pb2.Epoch(counter=epoch[0], owner=epoch[1])
 
 
 def _pack(assignment: Assignment) -> bytes:

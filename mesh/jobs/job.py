@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import trio
 
-from mesh.errors import BY_CODE, JobCancelled, JobFailed, MeshError
-from mesh.wire.v1 import mesh_pb2
+from mesh.errors import JobCancelled, JobFailed, MeshError
+from mesh.wire.v1 import mesh_pb2, peer_pb2
 from topology.plan import Plan
 
 #: planning -> loading -> ready <-> recovering; and from any of them to failed or cancelled, where a job ends.
@@ -100,6 +100,6 @@ class Job:
         )
 
 
-def error_of(status: mesh_pb2.JobStatus) -> MeshError:
-    """The exception that a failed status carries."""
-    return BY_CODE.get(status.error_code, JobFailed)(status.error or f"job {status.job} {status.state}")
+def wire_epoch(epoch: tuple[int, str]) -> peer_pb2.Epoch:
+    """The epoch as it travels."""
+    return peer_pb2.Epoch(counter=epoch[0], owner=epoch[1])

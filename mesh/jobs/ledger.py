@@ -32,9 +32,21 @@ class Ledger:
         self._nursery = nursery
         self._on_change = on_change
         self._coordinators: dict[str, Coordinator] = {}
+        self._old_tokens = 0
+        self._old_recoveries = 0
 
     def __iter__(self) -> Iterator[Coordinator]:
         return iter(list(self._coordinators.values()))
+
+    @property
+    def tokens_total(self) -> int:
+        """Tokens that all jobs owned here ever gave."""
+        return self._old_tokens + sum(coordinator.serving.tokens_total for coordinator in self)
+
+    @property
+    def recoveries_total(self) -> int:
+        """Recoveries of all jobs owned here, ever."""
+        return self._old_recoveries + sum(coordinator.job.recoveries for coordinator in self)
 
     def submit(self, model: str, strategy: str, constraints: dict[str, Any]) -> Job:
         """Begin a job. Raises RequestError for a strategy or a constraint that does not exist."""
@@ -68,7 +80,7 @@ class Ledger:
         """Let live requests finish for up to `grace_s` seconds, then end every job."""
         with trio.move_on_after(grace_s):
             for coordinator in self:
-                await coordinator.idle()
+                await coordinator.serving.idle()
         for coordinator in self:
             coordinator.cancel()
         with trio.move_on_after(grace_s):
@@ -89,4 +101,6 @@ class Ledger:
     def _forget_old(self) -> None:
         ended = [name for name, coordinator in self._coordinators.items() if coordinator.job.ended]
         for name in ended[:-KEPT_ENDED]:
-            del self._coordinators[name]
+            old = self._coordinators.pop(name)
+            self._old_tokens += old.serving.tokens_total
+            self._old_recoveries += old.job.recoveries

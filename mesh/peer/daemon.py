@@ -23,7 +23,7 @@ import trio
 
 from mesh.devices.local import LocalDevice, discover
 from mesh.errors import AddressInUse, ConfigError, MeshError
-from mesh.gossip import Event, Gossip, GossipConfig, open_gossip
+from mesh.gossip import Gossip, GossipConfig, open_gossip
 from mesh.jobs.ledger import Ledger
 from mesh.jobs.model import SubprocessInspector
 from mesh.peer.bridge import Bridge
@@ -221,11 +221,11 @@ class Peer:
 
     def tokens_total(self) -> int:
         """Tokens of all jobs owned here."""
-        return sum(coordinator.tokens_total for coordinator in self._ledger)
+        return self._ledger.tokens_total
 
     def recoveries_total(self) -> int:
         """Recoveries of all jobs owned here."""
-        return sum(coordinator.job.recoveries for coordinator in self._ledger)
+        return self._ledger.recoveries_total
 
     def gossip_dropped_total(self) -> int:
         """Datagrams that were not gossip."""

@@ -32,7 +32,7 @@ def request(max_tokens=20, text="w1 w2 w3", **options):
 
 async def tokens_of(world, message, on_token=lambda count: None):
     tokens, text, last = [], "", None
-    async for event in world.coordinator.generate(message):
+    async for event in world.coordinator.serving.generate(message):
         tokens += event.token_ids
         text += event.text
         last = event
@@ -172,12 +172,12 @@ async def test_cancelling_ends_requests_and_releases_every_worker(tmp_path, auto
 
 async def test_closing_the_stream_stops_the_request_at_the_workers(tmp_path, autojump_clock):
     async with running(tmp_path) as world:
-        stream = world.coordinator.generate(request(100))
+        stream = world.coordinator.serving.generate(request(100))
         async for event in stream:
             if event.token_ids:
                 break
         await stream.aclose()
-        assert not world.coordinator.requests
+        assert not world.coordinator.serving.live
         lead = world.coordinator.job.plan.stages[0].lead.site
         assert world.peers[lead].stopped == ["j.1"]
 
@@ -221,4 +221,4 @@ async def test_a_request_that_cannot_be_served_is_refused_in_words(tmp_path, aut
     async with running(tmp_path) as world:
         with pytest.raises(RequestError, match=words):
             await tokens_of(world, request(**change))
-        assert not world.coordinator.requests
+        assert not world.coordinator.serving.live
