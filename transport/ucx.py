@@ -41,6 +41,8 @@ from transport.waiting import SPIN_S, Gate, wait_any
 # UCX logs to standard output unless told otherwise, and a worker's standard output is a protocol.
 os.environ.setdefault("UCX_LOG_FILE", "stderr")
 os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
+# Importing ucxx sets UCX_RNDV_THRESH and others on its own account; only what was set before is the operator's will.
+_OPERATORS = frozenset(name for name in os.environ if name.startswith("UCX_"))
 
 from ucxx._lib import libucxx as ucx
 from ucxx._lib.arr import Array
@@ -52,6 +54,10 @@ from transport.ucx_pipe import UcxPipe
 #: 80 ms, 16 KB took 246 ms with UCX's default of 8 KiB and 82 ms without; so never between machines. Inside one, 16 KB
 #: there and back took 62 us with the default, 23 us with 256 KiB, and 1 MiB took 2.7 ms without and 1.6 ms with it.
 CONFIG = {"RNDV_THRESH": "intra:256k,inter:inf", "KEEPALIVE_INTERVAL": "1s"}
+for _name in CONFIG:
+    # Nor may a child process take ucxx's settings, inherited, for the operator's.
+    if f"UCX_{_name}" not in _OPERATORS:
+        os.environ.pop(f"UCX_{_name}", None)
 
 _PREFIX = b"ucx1"
 _VERSION = struct.Struct("<3B")
@@ -267,7 +273,7 @@ class UcxFabric:
         if self._worker is not None:
             return
         config = {**CONFIG, **network_devices(host), **self._config}
-        config = {name: value for name, value in config.items() if f"UCX_{name}" not in os.environ}
+        config = {name: value for name, value in config.items() if f"UCX_{name}" not in _OPERATORS}
         self._context = ucx.UCXContext(config, (ucx.Feature.TAG, ucx.Feature.WAKEUP))
         self._worker = ucx.UCXWorker(self._context)
         self._worker.init_blocking_progress_mode()

@@ -25,6 +25,9 @@ def main() -> None:
             serve_reduce(channel)
         elif mode == "idle":
             channel.send(b"ready")
+            while not channel.established:  # nothing moves unless somebody drives the fabric
+                fabric.wait(0.1)
+                channel.poll()
             time.sleep(60)
         elif mode == "leave":
             channel.send(b"ready")
