@@ -2,8 +2,8 @@
 
 q, k and v are one matrix, gate and up another; one row's norm is a dot product; a decoding step's query heads attend as
 rows of their KV head, so that no key is copied. What it computes is what transformers' modules compute, and the tests
-hold it to that. It exists because importing those modules costs a worker 130 MB and 2 s, and because a step through them
-takes longer: `python -m benchmarks.decode` measures how much.
+hold it to that. It exists because importing those modules costs a worker 130 MB and 2 s, and because a step through
+them takes longer: `python -m benchmarks.decode` measures how much.
 """
 
 from __future__ import annotations
@@ -202,7 +202,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     if x.shape[0] == 1 and x.device.type == "cpu":
         row = x[0].float()
         scale = (torch.dot(row, row).item() / row.shape[0] + eps) ** -0.5
-        return (x * scale if x.dtype == torch.float32 else (row * scale).to(x.dtype)[None]).mul_(weight)
+        scaled: torch.Tensor = x * scale if x.dtype == torch.float32 else (row * scale).to(x.dtype)[None]
+        return scaled.mul_(weight)
     return _norm(x, weight, eps)
 
 

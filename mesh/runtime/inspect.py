@@ -28,6 +28,9 @@ from topology.model import DTYPE_BYTES, ModelSpec
 #: Raised whenever what is kept changes its form.
 VERSION = 1
 
+#: Files from which transformers can convert a tokenizer.
+VOCABULARIES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json", "tiktoken.model")
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the answer; give the exit code."""
@@ -152,6 +155,9 @@ def _tokenizer(path: Path, part: Path, kept: Path) -> Path:
     """A folder with tokenizer.json: the model's own, else one that transformers converts."""
     if path.is_dir() and (path / "tokenizer.json").is_file():
         return path
+    if path.is_dir() and not any((path / name).is_file() for name in VOCABULARIES):
+        # transformers would make an empty tokenizer for some families rather than say that there is none
+        raise ModelError(f"{path} has no tokenizer: neither tokenizer.json nor {', '.join(VOCABULARIES)}")
     from transformers import AutoTokenizer
 
     try:

@@ -1,8 +1,8 @@
 """The settings the fused path needs, out of a config.json; and which families it covers.
 
 The families are the ones whose decoder layer is: RMSNorm, attention with rotary embeddings and grouped KV heads,
-RMSNorm, gated SiLU MLP. A setting that is missing or unknown sends a model down the general path, which leaves every default to
-transformers.
+RMSNorm, gated SiLU MLP. A setting that is missing or unknown sends a model down the general path, which leaves every
+default to transformers.
 """
 
 from __future__ import annotations
