@@ -44,6 +44,10 @@ from mesh.gossip.timers import Timer, Timers
 
 #: Pages sent in answer to one datagram of digests; the rest follows with the next exchange.
 MAX_SYNC_PAGES = 64
+#: An exchange that changed nothing on either side (two sites claim one name) is repeated less and less often.
+MAX_SYNC_GAP_S = 5.0
+#: Least time between two exchanges that we start, per member.
+SYNC_PACE_S = 0.005
 #: The entry that tells the mesh what this peer's probes measure.
 LINKS = "links"
 
@@ -69,6 +73,14 @@ class Datagram(NamedTuple):
     data: bytes
 
 
+class _Sync(NamedTuple):
+    """The last exchange with a peer: when, the fingerprints that differed (theirs, ours), how often in a row."""
+
+    when_s: float
+    prints: tuple[bytes, bytes]
+    repeats: int
+
+
 class GossipCore:
     """See the module. Not thread safe; every method takes the time in seconds of one monotonic clock."""
 
@@ -88,7 +100,8 @@ class GossipCore:
         self._hot: dict[tuple[str, str], int] = {}
         self._flush: Timer | None = None
         self._flushed_s = -math.inf
-        self._synced_s: dict[str, float] = {}
+        self._syncs: dict[str, _Sync] = {}
+        self._synced_s = -math.inf
         self._links = Links()
         self._budget = 0
         self._fingerprint: tuple[tuple[int, int], bytes] = ((-1, -1), b"")
@@ -267,7 +280,6 @@ class GossipCore:
                 self._queue(source, page)
 
     def _on_sync_request(self, sender: Sender, source: str, message: SyncRequest, now: float) -> None:
-        self._synced_s[sender.site] = now
         self._send_digests(source)
 
     def _on_page(self, sender: Sender, source: str, message: Page, now: float) -> None:
@@ -314,9 +326,16 @@ class GossipCore:
         """Start an exchange with somebody who knows something else, unless we just had one."""
         if sender.fingerprint == self._print() or self._swim.silent:
             return
-        if now - self._synced_s.get(sender.site, -math.inf) < self._t.sync_gap_s:
+        # Every exchange names all members, so the more there are, the fewer we start.
+        if now - self._synced_s < SYNC_PACE_S * len(self._swim.peers):
             return
-        self._synced_s[sender.site] = now
+        prints = (sender.fingerprint, self._print())
+        last = self._syncs.get(sender.site)
+        repeats = last.repeats + 1 if last is not None and last.prints == prints else 0
+        if last is not None and now - last.when_s < min(self._t.sync_gap_s * 2**repeats, MAX_SYNC_GAP_S):
+            return
+        self._syncs[sender.site] = _Sync(now, prints, repeats)
+        self._synced_s = now
         self.counters["syncs"] += 1
         self._send_digests(source)
         self._queue(source, SyncRequest())
@@ -332,9 +351,9 @@ class GossipCore:
     def _spread(self, owner: str, key: str) -> None:
         """Mark an entry as news. Where the owner reaches everybody itself, only the owner pushes it."""
         others = len(self._swim.live())
-        if others > self._t.fanout:
-            self._hot[owner, key] = math.ceil(math.log10(others + 2)) + 1
-        elif owner == self.site:
+        if owner == self.site:
+            self._hot[owner, key] = 1 if others <= self._t.fanout else math.ceil(math.log10(others + 2))
+        elif others > self._t.fanout:
             self._hot[owner, key] = 1
 
     def _push_soon(self, now: float) -> None:
@@ -367,7 +386,7 @@ class GossipCore:
 
     def _forget(self, site: str) -> None:
         self._state.forget(site)
-        self._synced_s.pop(site, None)
+        self._syncs.pop(site, None)
 
     def _publish_links(self, now: float) -> None:
         """Tell the mesh what we measure, when it has changed enough to matter."""

@@ -61,6 +61,7 @@ class Peer:
     probe: Probe | None = None
     suspicion: Suspicion | None = None
     contest: Timer | None = None
+    defended_s: float = float("-inf")
     chore: Timer | None = None
     reaper: Timer | None = None
     retry_s: float = 0.0

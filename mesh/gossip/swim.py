@@ -38,6 +38,8 @@ NACK_SHARE = 0.8
 REFUTE_GAP_S = 0.05
 #: A process that was told that its name is taken gives way while it is this new; later it is the one that was there.
 NEWCOMER_S = 10.0
+#: After a site answered for its name, other claims to it are not looked into for so long.
+CONTEST_GAP_S = 5.0
 
 
 class Waiting(NamedTuple):
@@ -200,6 +202,7 @@ class Swim:
         elif waiting.why == "contest" and peer is not None and peer.contest is not None:
             peer.contest.cancel()
             peer.contest = None
+            peer.defended_s = now
             if waiting.claimant:
                 self._send(waiting.claimant, Taken(peer.address))
 
@@ -528,7 +531,7 @@ class Swim:
 
     def _contest(self, peer: Peer, claimant: str | None, now: float) -> None:
         """Somebody claims the name of a living member from another address: ask whoever holds it, three times."""
-        if peer.contest is not None:
+        if peer.contest is not None or now - peer.defended_s < CONTEST_GAP_S:
             return
         patience_s = self._patience(peer)
         asked = 0
