@@ -31,7 +31,7 @@ _ADDRESS = struct.Struct(f"!{_COOKIE_BYTES}sH")
 
 #: Strangers between `accept` and the end of their preface, and how long they may take.
 _STRANGERS = 64
-_STRANGER_S = 5.0
+_STRANGER_S = 10.0
 _LINGER_S = 1.0
 #: Data that the neighbour's kernel has not acknowledged for this long is lost (RFC 5482).
 _USER_TIMEOUT_MS = 20_000
@@ -167,6 +167,7 @@ class TcpFabric:
             raise AddressError(f"tcp {host}:{port}: {error.strerror or error}") from None
         pipe = TcpPipe(self, sock, name=f"tcp {host}:{port}", connecting=True)
         pipe._queue(memoryview(_MAGIC + cookie), None)
+        pipe._advance()  # inside a machine the connection stands already
         return pipe
 
     def progress(self) -> bool:

@@ -32,32 +32,13 @@ import struct
 import time
 from collections import deque
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from transport.base import AddressError
-from transport.waiting import SPIN_S, Gate, wait_any
-
-# UCX logs to standard output unless told otherwise, and a worker's standard output is a protocol.
-os.environ.setdefault("UCX_LOG_FILE", "stderr")
-os.environ.setdefault("UCX_WARN_UNUSED_ENV_VARS", "n")
-# Importing ucxx sets UCX_RNDV_THRESH and others on its own account; only what was set before is the operator's will.
-_OPERATORS = frozenset(name for name in os.environ if name.startswith("UCX_"))
-
-from ucxx._lib import libucxx as ucx
-from ucxx._lib.arr import Array
-
 from transport.tickets import fresh
+from transport.ucx_binding import CONFIG, OPERATORS, Array, network_devices, ucx
 from transport.ucx_pipe import UcxPipe
-
-#: UCX settings, each overruled by its UCX_* environment variable. Rendezvous costs a round trip before the data: at
-#: 80 ms, 16 KB took 246 ms with UCX's default of 8 KiB and 82 ms without; so never between machines. Inside one, 16 KB
-#: there and back took 62 us with the default, 23 us with 256 KiB, and 1 MiB took 2.7 ms without and 1.6 ms with it.
-CONFIG = {"RNDV_THRESH": "intra:256k,inter:inf", "KEEPALIVE_INTERVAL": "1s"}
-for _name in CONFIG:
-    # Nor may a child process take ucxx's settings, inherited, for the operator's.
-    if f"UCX_{_name}" not in _OPERATORS:
-        os.environ.pop(f"UCX_{_name}", None)
+from transport.waiting import SPIN_S, Gate, wait_any
 
 _PREFIX = b"ucx1"
 _VERSION = struct.Struct("<3B")
@@ -273,29 +254,12 @@ class UcxFabric:
         if self._worker is not None:
             return
         config = {**CONFIG, **network_devices(host), **self._config}
-        config = {name: value for name, value in config.items() if f"UCX_{name}" not in _OPERATORS}
+        config = {name: value for name, value in config.items() if f"UCX_{name}" not in OPERATORS}
         self._context = ucx.UCXContext(config, (ucx.Feature.TAG, ucx.Feature.WAKEUP))
         self._worker = ucx.UCXWorker(self._context)
         self._worker.init_blocking_progress_mode()
         self._address = self._worker.address.tobytes()
         self._gate.selector.register(self._worker.epoll_file_descriptor, selectors.EVENT_READ, self)
-
-
-def network_devices(host: str | None) -> dict[str, str]:
-    """The UCX setting that keeps it on the interface that has `host`: on its own it has picked docker bridges.
-
-    Empty where that would lose something: no host, a wildcard, an unknown address, or a machine with RDMA devices,
-    whose names UCX knows better (ucx#9383, #6695).
-    """
-    infiniband = Path("/sys/class/infiniband")
-    if host is None or host in ("0.0.0.0", "::") or (infiniband.is_dir() and any(infiniband.iterdir())):
-        return {}
-    import psutil
-
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(address.address.split("%")[0] == host for address in addresses):
-            return {"NET_DEVICES": name}
-    return {}
 
 
 def _random_tag() -> int:

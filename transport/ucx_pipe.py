@@ -8,9 +8,6 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ucxx._lib import libucxx as ucx
-from ucxx._lib.arr import Array
-
 from transport.base import (
     FIRST_MESSAGE_BYTES,
     MAX_MESSAGE_BYTES,
@@ -21,6 +18,7 @@ from transport.base import (
     TransportError,
 )
 from transport.tickets import DONE, again, flat, fresh, size_bytes
+from transport.ucx_binding import Array, ucx
 
 if TYPE_CHECKING:
     from transport.ucx import UcxFabric

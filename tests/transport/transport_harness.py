@@ -61,7 +61,11 @@ class Neighbour:
         )
         self.process.stdin.write(f"{acceptor.address.hex()} {key.hex() if key else '-'}\n")
         self.process.stdin.flush()
-        ((_, self.channel),) = until(acceptor.poll, timeout_s=60)
+        try:
+            ((_, self.channel),) = until(acceptor.poll, timeout_s=60)
+        except BaseException:
+            self.__exit__()
+            raise
         acceptor.close()
 
     def __enter__(self):
