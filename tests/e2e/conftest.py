@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from drills import MODEL, PROMPTS, TOKENS
+from small import write_model
 
 from simulations.reference import reference_tokens
 
@@ -28,3 +29,9 @@ def expected(model):
     tokens = reference_tokens(str(model), requests)
     assert [len(answer) for answer in tokens] == [TOKENS] * len(PROMPTS)
     return tokens
+
+
+@pytest.fixture(scope="session")
+def tiny(model, tmp_path_factory):
+    """The folder of a model with random weights that loads at once."""
+    return write_model(tmp_path_factory.mktemp("models") / "tiny", model)
