@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from mesh.errors import DeadlineExceeded, ModelError, WorkerError
-from mesh.peer import workers
+from mesh.peer import worker_process, workers
 from mesh.peer.workers import WorkerPool
 from mesh.runtime.assignment import Assignment
 from mesh.wire.v1 import peer_pb2
@@ -113,11 +113,11 @@ async def test_a_worker_that_sends_nonsense_is_ended():
 
 async def test_no_command_waits_longer_than_its_deadline(monkeypatch):
     monkeypatch.setattr(workers, "PREPARE_S", 0.2)
-    monkeypatch.setattr(workers, "EXIT_S", 0.2)
+    monkeypatch.setattr(worker_process, "EXIT_S", 0.2)
     async with open_pool() as pool:
         with pytest.raises(DeadlineExceeded, match=r"cpu: no answer to prepare within 0\.2 s"):
             await pool.prepare(assignment("mute"))
-        assert not pool._all
+        assert pool.pid("mute", "cpu") is None
 
 
 async def test_an_older_epoch_is_refused_without_disturbing_the_worker():
@@ -129,7 +129,7 @@ async def test_an_older_epoch_is_refused_without_disturbing_the_worker():
 
 
 async def test_a_released_worker_is_gone_and_nobody_is_alarmed(monkeypatch):
-    monkeypatch.setattr(workers, "EXIT_S", 0.3)
+    monkeypatch.setattr(worker_process, "EXIT_S", 0.3)
     async with open_pool() as pool:
         for job in ("job", "stubborn"):
             await pool.prepare(assignment(job))
@@ -142,7 +142,7 @@ async def test_a_released_worker_is_gone_and_nobody_is_alarmed(monkeypatch):
 
 
 async def test_a_cancelled_prepare_leaves_a_worker_that_still_obeys(monkeypatch):
-    monkeypatch.setattr(workers, "EXIT_S", 0.2)
+    monkeypatch.setattr(worker_process, "EXIT_S", 0.2)
     async with open_pool() as pool:
         with trio.move_on_after(0.3):
             await pool.prepare(assignment("mute"))
