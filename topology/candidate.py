@@ -115,10 +115,10 @@ class Assembler:
         """The best candidate that uses exactly these islands, or None where they cannot hold the model together."""
         if len(islands) > self.model.layers or self._too_small(islands):
             return None
-        self.work += 1 + len(islands) ** 2 / 4
         islands = sorted(islands, key=lambda island: [node.rank for node in island])
-        for ring in self.rings(islands):
-            for policy in POLICIES:
+        policies = [policy for policy in POLICIES if self._could_hold(islands, policy)]
+        for ring in self.rings(islands) if policies else []:
+            for policy in policies:
                 rotations = [ring[i:] + ring[:i] for i in range(len(ring))]
                 found = [self.ordered([islands[i] for i in order], policy) for order in rotations]
                 good = [candidate for candidate in found if candidate is not None]
@@ -148,6 +148,7 @@ class Assembler:
     ) -> Candidate | None:
         """The candidate with the islands in this very order, and this many layers each where `counts` says so."""
         last = len(islands) - 1
+        self.work += 0.1 * len(islands)
         fits = [self._fit(island, policy, index == 0, index == last) for index, island in enumerate(islands)]
         good = [each for each in fits if each is not None]
         if len(good) != len(fits) or not self._shape_is_wanted(good):
@@ -169,6 +170,12 @@ class Assembler:
             self._fits[key] = fit(self.picture, self.model, self.context, island, policy, first=first, last=last)
         return self._fits[key]
 
+    def _could_hold(self, islands: Sequence[Island], policy: str) -> bool:
+        """Whether all layers would fit without an embedding or a head: rules most impossible combinations out."""
+        self.work += 0.1 * len(islands)
+        fits = [self._fit(island, policy, False, False) for island in islands]
+        return all(fits) and sum(each.capacity for each in fits if each is not None) >= self.model.layers
+
     def _too_small(self, islands: Sequence[Island]) -> bool:
         return sum(node.usable_bytes for island in islands for node in island) < self.least_bytes
 
@@ -180,6 +187,7 @@ class Assembler:
 
     def _priced(self, fits: tuple[Fit, ...], counts: tuple[int, ...]) -> Candidate:
         model = self.model
+        self.work += 1
         pairs = list(zip(fits, counts, strict=True))
         leads = [each.nodes[0].site for each in fits]
         around = list(zip(leads, [*leads[1:], leads[0]], strict=True)) if len(leads) > 1 else []

@@ -44,6 +44,10 @@ class Node:
     flops: float
     usable_bytes: int
 
+    def __hash__(self) -> int:
+        """Of the names alone, which are unique in a picture: islands are looked up by the ten thousand."""
+        return hash((self.site, self.name))
+
     @property
     def key(self) -> str:
         """`site/device`, as `topology.plan.Shard.key`."""

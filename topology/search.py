@@ -25,7 +25,7 @@ LISTED_LAYOUTS: Final = 48
 #: The same where an override narrows the choices down by itself.
 LISTED_FORCED: Final = 4096
 #: Work spent at most, in units of about 0.1 ms (`Assembler.work`): bounds planning to some seconds on any mesh.
-MAX_WORK: Final = 40_000
+MAX_WORK: Final = 20_000
 
 Block = tuple[Layout, ...]  # the layouts to choose from, for one site or one cluster
 
