@@ -1,4 +1,7 @@
-"""Pipes over UCX: shared memory, RDMA or TCP, whichever UCX finds best between two processes.
+"""Pipes over UCX: RDMA, GPU paths or TCP, whichever UCX finds best between two processes.
+
+Endpoints have error handling on, or a dead neighbour would look alive. With it UCX 1.21 chose TCP over loopback inside
+a machine, not shared memory (seen with UCX_PROTO_INFO=y), so there the plain `tcp` backend is the faster one.
 
 Driven through UCXX's low-level binding (`ucxx._lib.libucxx`, UCXX 0.52, UCX 1.21) by polling, without its asyncio layer
 and without a progress thread (deadlocks: ucxx#123, #687).
@@ -16,7 +19,7 @@ without a copy into receives posted to size. UCX matches messages of one tag in 
 **Back-pressure.** UCX buffers what nobody receives without a bound, so the pipe has a window: the receiver reports
 what was taken, the sender holds back what exceeds the window.
 
-**The end.** Closing an endpoint is abrupt, and over shared memory even silent. So a pipe ends with FIN and its answer,
+**The end.** Closing an endpoint is abrupt, and with a long send in flight the other end was not told at all. So a pipe ends with FIN and its answer,
 or with RST; a killed process is noticed by UCX (measured: 1 to 7 ms) and reported by the endpoint's close callback.
 Three habits of the binding shape `_release`: `UCXEndpoint.close()` on an endpoint that failed crashes the process (so
 only `close_blocking()`, 60 us); a receive posted on a failed endpoint stays posted until `cancel_inflight_requests`;
