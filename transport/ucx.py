@@ -19,8 +19,9 @@ without a copy into receives posted to size. UCX matches messages of one tag in 
 **Back-pressure.** UCX buffers what nobody receives without a bound, so the pipe has a window: the receiver reports
 what was taken, the sender holds back what exceeds the window.
 
-**The end.** Closing an endpoint is abrupt, and with a long send in flight the other end was not told at all. So a pipe ends with FIN and its answer,
-or with RST; a killed process is noticed by UCX (measured: 1 to 7 ms) and reported by the endpoint's close callback.
+**The end.** Closing an endpoint is abrupt, and with a long send in flight the other end was not told at all. So a pipe
+ends with FIN and its answer, or with RST; a killed process is noticed by UCX (measured: 1 to 7 ms) and reported by the
+endpoint's close callback.
 Three habits of the binding shape `_release`: `UCXEndpoint.close()` on an endpoint that failed crashes the process (so
 only `close_blocking()`, 60 us); a receive posted on a failed endpoint stays posted until `cancel_inflight_requests`;
 `Array` does not keep its buffer, so every request is kept with its array until it has completed.
