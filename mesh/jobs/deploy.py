@@ -26,7 +26,7 @@ from topology.plan import Plan, Shard
 PREPARE_DEADLINE_S = 1800.0
 #: Opening channels takes a few round trips.
 CONNECT_DEADLINE_S = 30.0
-#: UCX where both ends have it: it finds shared memory and RDMA by itself.
+#: UCX where both ends offer it: they do where they have accelerators, or were told to.
 PREFERENCE = ("ucx", "tcp")
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from topology.plan import Plan
+if TYPE_CHECKING:
+    from topology.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +62,28 @@ class Assignment:
         return cls(**values)
 
 
-def assignments(
-    plan: Plan, *, job: str, epoch: tuple[int, str], model: str
-) -> dict[str, Assignment]:
+def assignments(plan: Plan, *, job: str, epoch: tuple[int, str], model: str) -> dict[str, Assignment]:
     """Every shard's assignment by its `site/device` key. Device, threads and memory are filled in by the shard's peer."""
     result = {}
     for index, stage in enumerate(plan.stages):
         for rank, shard in enumerate(stage.shards):
             result[shard.key] = Assignment(
-                job=job, epoch=epoch, model=model, dtype=plan.model.dtype, device=shard.device, threads=0,
-                memory_bytes=shard.memory_bytes, context=plan.context, stage=index, stages=len(plan.stages),
-                start=stage.start, end=stage.end, rank=rank, size=len(stage.shards), kv_heads=shard.kv_heads,
-                columns=shard.columns, vocabulary=shard.vocabulary,
+                job=job,
+                epoch=epoch,
+                model=model,
+                dtype=plan.model.dtype,
+                device=shard.device,
+                threads=0,
+                memory_bytes=shard.memory_bytes,
+                context=plan.context,
+                stage=index,
+                stages=len(plan.stages),
+                start=stage.start,
+                end=stage.end,
+                rank=rank,
+                size=len(stage.shards),
+                kv_heads=shard.kv_heads,
+                columns=shard.columns,
+                vocabulary=shard.vocabulary,
             )
     return result
