@@ -1,4 +1,4 @@
-"""What one worker must load and be: the part of a plan that concerns one shard. Plain data, safe to send to a worker."""
+"""What one worker must load and be: the part of a plan that concerns one shard. Plain data, safe to send."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Assignment:
 
 
 def assignments(plan: Plan, *, job: str, epoch: tuple[int, str], model: str) -> dict[str, Assignment]:
-    """Every shard's assignment by its `site/device` key. Device, threads and memory are filled in by the shard's peer."""
+    """Every shard's assignment by its `site/device` key. Device and threads are the shard's peer's to fill in."""
     result = {}
     for index, stage in enumerate(plan.stages):
         for rank, shard in enumerate(stage.shards):
