@@ -147,10 +147,10 @@ def group(number):
     return found
 
 
-def refused(*arguments, code):
+def refused(*arguments, code, out=""):
     """The one line with which a command refuses, whose exit code must be `code`."""
-    status, out, err = ended(command(*arguments))
-    assert (status, out) == (code, ""), err
+    status, printed, err = ended(command(*arguments))
+    assert (status, re.sub(r" at [\d.:]+", "", printed)) == (code, out), err
     assert ERROR_LINE.fullmatch(err), err
     return err.removeprefix("error: ").strip()
 

@@ -14,6 +14,7 @@ from drills import READY_TIMEOUT_S, SPEED, converged
 from small import CONFIG, below, command, ended, eventually, refused, tensors, write_model
 
 import mesh
+from mesh.runtime.inspect import inspect_model
 from simulations.processes import SiteSpec, free_ports
 
 #: gRPC, gossip and the clients' own connections come and go by this many descriptors.
@@ -42,7 +43,7 @@ def usual(job):
     return tokens(job)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def unharmed(peer, job, usual):
     """After each mistake the daemon is the one it was, has no process or descriptor more, and its job still serves."""
     fleet, client = peer
@@ -205,26 +206,30 @@ def false_gguf(folder, small, real):
     return path
 
 
+#: What the user reads. Through a peer, each costs the seconds in which its inspector or its worker starts.
 MODELS = {
     nothing: "no model at .*nothing-here",
-    unknown_id: "nobody/has-this-model",
     no_model: "notes.txt is neither a folder nor a .gguf file",
-    empty_folder: "config.json",
     encoder: "BertForMaskedLM is not a decoder",
-    encoder_decoder: "T5ForConditionalGeneration is not a decoder",
-    unknown_family: "unheard-of is unknown",
-    absurd_settings: "config.json|settings",
-    broken_settings: "config.json",
-    no_tokenizer: "no tokenizer",
-    broken_tokenizer: "tokenizer",
     truncated_weights: "model.safetensors is damaged or truncated",
-    corrupt_weights: "model.safetensors is damaged or truncated",
-    empty_weights: "model.safetensors is damaged or truncated",
     missing_tensor: r"model\.layers\.4\.mlp\.down_proj\.weight",
     wrong_shape: r"model\.layers\.4\.mlp\.down_proj\.weight",
-    missing_part: "model-00001-of-00002.safetensors is missing",
-    unknown_architecture: "unheard-of",
     truncated_gguf: "short.gguf.*(truncated|damaged)",
+    unknown_architecture: "unheard-of",
+}
+#: The same inspection without a peer around it.
+MORE_MODELS = {
+    unknown_id: "nobody/has-this-model",
+    empty_folder: "config.json",
+    encoder_decoder: "T5ForConditionalGeneration is not a decoder",
+    unknown_family: "unheard-of is unknown",
+    absurd_settings: "config.json is damaged",
+    broken_settings: "config.json",
+    no_tokenizer: "no tokenizer",
+    broken_tokenizer: "tokenizer.json",
+    corrupt_weights: "model.safetensors is damaged or truncated",
+    empty_weights: "model.safetensors is damaged or truncated",
+    missing_part: "model-00001-of-00002.safetensors is missing",
     truncated_gguf_header: "header.gguf.*(truncated|damaged)",
     gapped_gguf: "gap.gguf",
     false_gguf: "false.gguf",
@@ -232,7 +237,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
-def test_a_model_that_cannot_be_served_is_refused_with_the_reason(peer, tiny, model, tmp_path, make):
+def test_a_model_that_cannot_be_served_is_refused_with_the_reason(peer, unharmed, tiny, model, tmp_path, make):
     _, client = peer
     job = client.submit(make(tmp_path, tiny, model), constraints={"context": 64})
     with pytest.raises(mesh.ModelError, match=MODELS[make]) as caught:
@@ -244,7 +249,16 @@ def test_a_model_that_cannot_be_served_is_refused_with_the_reason(peer, tiny, mo
         job.generate("hello", max_tokens=1)
 
 
-def test_the_command_line_says_so_in_one_line_and_a_code(peer, tmp_path):
+@pytest.mark.parametrize("make", MORE_MODELS, ids=lambda make: make.__name__)
+def test_an_inspection_says_what_is_wrong_with_a_model(tiny, model, tmp_path, monkeypatch, make):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(mesh.ModelError, match=MORE_MODELS[make]) as caught:
+        inspect_model(str(make(tmp_path, tiny, model)), tmp_path / "cache")
+    assert "\n" not in str(caught.value)
+    assert not any((tmp_path / "cache").iterdir()) if (tmp_path / "cache").exists() else True
+
+
+def test_the_command_line_says_so_in_one_line_and_a_code(peer, unharmed, tmp_path):
     fleet, _ = peer
     address = fleet.address("solo")
     assert "nothing-here" in refused("submit", tmp_path / "nothing-here", "--peer", address, code=5)
@@ -268,7 +282,7 @@ def test_the_command_line_says_so_in_one_line_and_a_code(peer, tmp_path):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
-def test_a_constraint_that_cannot_be_met_is_an_error_of_the_plan(peer, tiny, constraints, reason):
+def test_a_constraint_that_cannot_be_met_is_an_error_of_the_plan(peer, unharmed, tiny, constraints, reason):
     _, client = peer
     with pytest.raises(mesh.PlanError, match=reason) as caught:
         client.plan(tiny, constraints=constraints)
@@ -277,7 +291,7 @@ def test_a_constraint_that_cannot_be_met_is_an_error_of_the_plan(peer, tiny, con
         client.submit(tiny, constraints=constraints).wait(READY_TIMEOUT_S)
 
 
-def test_a_constraint_that_does_not_exist_names_the_nearest(peer, tiny):
+def test_a_constraint_that_does_not_exist_names_the_nearest(peer, unharmed, tiny):
     fleet, client = peer
     with pytest.raises(mesh.RequestError, match="min_latency"):
         client.submit(tiny, constraints={"min_latencyy": "low"})
@@ -313,13 +327,13 @@ def test_a_constraint_that_does_not_exist_names_the_nearest(peer, tiny):
         ("x", {"max_token": 3}, "max_tokens"),
     ],
 )
-def test_a_request_that_cannot_be_served_is_refused_with_the_reason(job, prompt, options, reason):
+def test_a_request_that_cannot_be_served_is_refused_with_the_reason(job, unharmed, prompt, options, reason):
     with pytest.raises(mesh.RequestError, match=reason) as caught:
         job.generate(prompt, **options)
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_job_and_a_peer_that_is_not_there(peer):
+def test_an_unknown_job_and_a_peer_that_is_not_there(peer, unharmed):
     fleet, client = peer
     with pytest.raises(mesh.JobNotFound, match="deadbeef"):
         client.job("deadbeef")
@@ -344,11 +358,11 @@ def taken(kind):
         yield f"127.0.0.1:{holder.getsockname()[1]}"
 
 
-def up(tmp_path, *arguments, code):
-    """The line with which a peer refuses to start."""
+def up(tmp_path, *arguments, code, out=""):
+    """The line with which a peer refuses to start, and what it had printed until then."""
     base = ("--data-dir", tmp_path / "data", "--device", f"cpu,threads=1,memory=100MiB,{SPEED}")
     listen = () if "--listen" in arguments else ("--listen", "127.0.0.1:0")
-    return refused("up", *base, *listen, *arguments, code=code)
+    return refused("up", *base, *listen, *arguments, code=code, out=out)
 
 
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM], ids=["tcp", "udp"])
@@ -362,16 +376,17 @@ def test_a_peer_whose_http_port_is_taken_does_not_start(tmp_path):
         assert f"http={address}" in up(tmp_path, "--http", address, code=10)
 
 
-def test_a_second_peer_on_one_data_directory_does_not_start(peer, tmp_path):
+def test_a_second_peer_on_one_data_directory_does_not_start(peer, unharmed, tmp_path):
     fleet, _ = peer
     reason = up(tmp_path, "--data-dir", fleet.data_dir("solo"), code=11)
     assert str(fleet.pid("solo")) in reason
 
 
-def test_a_second_peer_of_one_name_does_not_start(peer, tmp_path):
+def test_a_second_peer_of_one_name_does_not_start(peer, unharmed, tmp_path):
     fleet, _ = peer
-    reason = up(tmp_path, "--site", "solo", "--join", fleet.address("solo"), code=2)
-    assert "solo" in reason
+    # Only the mesh can tell, so it is up first.
+    reason = up(tmp_path, "--site", "solo", "--join", fleet.address("solo"), code=2, out="solo is up\n")
+    assert fleet.address("solo") in reason
 
 
 @pytest.mark.parametrize("key", ["--listen", "--http"])
