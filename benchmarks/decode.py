@@ -2,8 +2,8 @@
 
     python -m benchmarks.decode [--model FOLDER] [--threads 1] [--tokens 64] [--rounds 3] [--json]
 
-Both run in this process on the same threads, in turns, so that what else the machine does hits both alike; the best round
-of each counts. Memory is that of a fresh process that loads the model and decodes, as a worker does.
+Both run in this process on the same threads, in turns, so that what else the machine does hits both alike; the best
+round of each counts. Memory is that of a fresh process that loads the model and decodes, as a worker does.
 """
 
 from __future__ import annotations

@@ -46,6 +46,7 @@ class FusedModel:
             del self._kept[index]
         total = self.planned_bytes()
         done = 0
+        progress(done, total)
         for index in range(a.start, a.end):
             layer = self._kept.pop(index, None)
             if layer is None or layer.ranges != (a.kv_heads, a.columns, a.leads):

@@ -76,6 +76,7 @@ class NativeModel:
         wanted = list(self._wanted())
         total = sum(block.nbytes for *_, block in wanted)
         done = 0
+        progress(done, total)
         for module, kind, name, key, cut, meta in wanted:
             held = {} if key not in self._kept else {name: self._kept[key]}
             block = torch.empty(meta.shape, dtype=meta.dtype, device=self._a.device)

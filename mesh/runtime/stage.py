@@ -166,7 +166,9 @@ class StageModel:
         if shared is None:
             return found.float()
         parts = shared.gather(found, 0, timeout_s)
-        return torch.cat(parts).float() if parts is not None and a.leads else found.new_empty(0)
+        if parts is None or not a.leads:
+            return found.new_empty(0)
+        return torch.cat([part.to("cpu", torch.float32) for part in parts])
 
     def drop(self, request: str) -> None:
         """Free a request's keys and values."""

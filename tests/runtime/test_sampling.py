@@ -49,7 +49,7 @@ def test_top_k_and_top_p_leave_the_rest_out():
 def test_every_draw_is_a_token_that_the_options_leave_in(values, temperature, top_p, top_k, seed):
     token = sample(torch.tensor(values), temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     assert 0 <= token < len(values)
-    if 0 < top_k:
+    if top_k > 0:
         ranked = sorted(np.float32(values), reverse=True)
         assert np.float32(values[token]) >= ranked[min(top_k, len(ranked)) - 1]
 

@@ -116,7 +116,7 @@ def test_a_folder_that_is_no_model_says_why(tmp_path, config, reason):
 
 @pytest.mark.parametrize("name", ["nowhere", "./a/b", "/nowhere/at/all"])
 def test_a_model_that_does_not_exist_says_what_to_give(name):
-    with pytest.raises(ModelError, match="give a folder, a .gguf file or a Hugging Face id"):
+    with pytest.raises(ModelError, match=r"give a folder, a \.gguf file or a Hugging Face id"):
         open_model(name)
 
 

@@ -134,7 +134,7 @@ def test_stop_strings_end_at_the_first_one_however_the_text_is_cut(text, stops, 
 
 def test_importing_text_brings_in_no_tensor_library():
     code = "import sys, mesh.runtime.text; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'numpy')))"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
 
 
 @real
