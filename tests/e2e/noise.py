@@ -30,10 +30,10 @@ class Thrown:
 
 
 def ports_of(processes):
-    """The (host, port) pairs that processes listen on, over TCP and over UDP. IPv6 ones and duplicates are left out."""
+    """The (host, port) pairs that processes listen on, over TCP and over UDP."""
     tcp, udp = set(), set()
     for process in processes:
-        for at in process.net_connections("inet4"):
+        for at in process.net_connections("inet"):
             if at.type == socket.SOCK_STREAM and at.status == psutil.CONN_LISTEN:
                 tcp.add(_reachable(at.laddr))
             elif at.type == socket.SOCK_DGRAM:
@@ -42,7 +42,9 @@ def ports_of(processes):
 
 
 def _reachable(address):
-    return ("127.0.0.1" if address.ip == "0.0.0.0" else address.ip, address.port)
+    # gRPC and UCX listen on IPv6 sockets that take IPv4 as well, and UCX on every address.
+    host = address.ip.removeprefix("::ffff:")
+    return ("127.0.0.1" if host in ("0.0.0.0", "::") else host, address.port)
 
 
 @contextlib.contextmanager

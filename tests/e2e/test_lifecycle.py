@@ -10,7 +10,7 @@ import time
 
 import psutil
 import pytest
-from drills import CONVERGE_TIMEOUT_S, READY_TIMEOUT_S, SPEED
+from drills import CONVERGE_TIMEOUT_S, READY_TIMEOUT_S, SPEED, converged, needs, running
 from noise import make_noise, ports_of
 from small import COMMAND_S, command, ended, eventually, group, member, python, workers
 
@@ -19,6 +19,7 @@ from simulations.processes import Fleet, SiteSpec, free_ports, wait_converged
 
 SITES = ("a", "b", "c")
 DISTANCES = {frozenset(pair): 30.0 for pair in (("a", "b"), ("a", "c"), ("b", "c"))}
+DEVICES = (f"cpu,threads=1,memory=600MiB,{SPEED}",)
 PROMPT, TOKENS, SOON = "Once upon a time", 120, 15
 SAMPLED = {"temperature": 1.0, "seed": 11, "ignore_eos": True}
 CONTEXT = 512
@@ -69,8 +70,7 @@ class Mesh3:
 
 @pytest.fixture(scope="module")
 def mesh3(tiny):
-    devices = (f"cpu,threads=1,memory=600MiB,{SPEED}",)
-    sites = [SiteSpec(name, devices) for name in SITES]
+    sites = [SiteSpec(name, DEVICES) for name in SITES]
     with Fleet(sites, rtts_ms=DISTANCES, http=True) as fleet, mesh.Mesh(fleet.address("a")) as client:
         wait_converged(fleet, "a", CONVERGE_TIMEOUT_S)
         yield Mesh3(fleet, client, tiny)
@@ -112,7 +112,7 @@ def metric(fleet, site, name):
 
 
 def all_workers(fleet):
-    return [worker for name in SITES if fleet.alive(name) for worker in workers(fleet.pid(name))]
+    return [worker for name in fleet.sites if fleet.alive(name) for worker in workers(fleet.pid(name))]
 
 
 def idle(fleet):
@@ -123,19 +123,34 @@ def idle(fleet):
 
     before, tokens = spent(), metric(fleet, "a", "isthmus_tokens_total")
     time.sleep(0.5)
-    return metric(fleet, "a", "isthmus_tokens_total") == tokens and spent() - before < 0.1
+    return metric(fleet, "a", "isthmus_tokens_total") == tokens and spent() - before < 0.2
 
 
 # -- noise
 
 
 def test_random_bytes_at_every_port_change_nothing(mesh3, job, said):
-    fleet = mesh3.fleet
-    daemons = [psutil.Process(fleet.pid(name)) for name in SITES]
+    noise_changes_nothing(mesh3.fleet, mesh3.client, job, said)
+
+
+def test_random_bytes_at_the_ports_of_ucx_change_nothing(tiny, said):
+    needs("ucx")
+    sites = [SiteSpec(name, DEVICES) for name in "ab"]
+    with (
+        converged(sites, rtts_ms=DISTANCES, transport="ucx") as (fleet, client),
+        running(client, tiny, {"shards": [1, 1], "context": CONTEXT}) as job,
+    ):
+        noise_changes_nothing(fleet, client, job, said)
+
+
+def noise_changes_nothing(fleet, client, job, said):
+    """Throw noise at all that daemons and workers listen on: the tokens, the processes and the epoch stay the same."""
+    daemons = [psutil.Process(fleet.pid(name)) for name in fleet.sites]
     before = all_workers(fleet)
+    assert len(before) == len(fleet.sites)
     tcp, udp = ports_of([*daemons, *before])
-    assert len(tcp) >= 2 * len(SITES) + len(before)
-    assert len(udp) >= len(SITES)
+    assert len(tcp) >= len(daemons) + len(before)
+    assert len(udp) >= len(daemons)
     job.generate(PROMPT, max_tokens=4, **SAMPLED)
     descriptors = [process.num_fds() for process in (*daemons, *before)]
     epoch = job.refresh().epoch
@@ -145,11 +160,12 @@ def test_random_bytes_at_every_port_change_nothing(mesh3, job, said):
             assert job.generate(PROMPT, max_tokens=TOKENS, **SAMPLED).token_ids == said
             if time.monotonic() > end:
                 break
+    print(f"{thrown.datagrams} datagrams, {thrown.connections} connections at {len(tcp)} + {len(udp)} ports")
     assert thrown.datagrams > 100 and thrown.connections > 100
     assert job.refresh().epoch == epoch
     assert all_workers(fleet) == before
     fleet.check()
-    assert [member(mesh3.client, name) for name in SITES] == ["alive"] * len(SITES)
+    assert [member(client, name) for name in fleet.sites] == ["alive"] * len(fleet.sites)
 
     def let_go():
         now = [process.num_fds() for process in (*daemons, *before)]
@@ -244,7 +260,8 @@ def test_a_worker_that_dies_while_loading_is_replaced(mesh3, job, said):
 def test_a_worker_that_dies_costs_no_token_and_no_site(mesh3, job, said, role):
     fleet = mesh3.fleet
     site = "a" if role == "owner" else mesh3.victim(role)
-    tokens, _ = through(job, lambda: workers(fleet.pid(site))[0].kill())
+    (victim,) = workers(fleet.pid(site))
+    tokens, _ = through(job, victim.kill)
     assert tokens == said
     assert fleet.alive(site)
     assert len(all_workers(fleet)) == len(job.plan.sites)
