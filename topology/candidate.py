@@ -185,13 +185,15 @@ class Assembler:
             return False
         return all(asked.width(i) in (None, len(each.nodes)) for i, each in enumerate(fits))
 
-    def _priced(self, fits: tuple[Fit, ...], counts: tuple[int, ...]) -> Candidate:
+    def _priced(self, fits: tuple[Fit, ...], counts: tuple[int, ...]) -> Candidate | None:
         model = self.model
         self.work += 1
         pairs = list(zip(fits, counts, strict=True))
         leads = [each.nodes[0].site for each in fits]
         around = list(zip(leads, [*leads[1:], leads[0]], strict=True)) if len(leads) > 1 else []
         hops_s = [self.hop_s(a, b, model.activation_bytes) for a, b in around]
+        if not all(map(math.isfinite, hops_s)):
+            return None  # a lead other than the one the ring was made for cannot reach its neighbour
         tokens = min(PREFILL_TOKENS, self.context)
         prefill_hops_s = [self.hop_s(a, b, tokens * model.activation_bytes) for a, b in around[:-1]]
         head_s = math.fsum(each.head_s + each.head_network_s for each in fits)
