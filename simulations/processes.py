@@ -157,7 +157,7 @@ class Fleet:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
+                env=self._environment(),
             )
         self._processes[site] = process
         self._watch("+", process.pid)
@@ -247,6 +247,12 @@ class Fleet:
             **self._settings,
             **({"emulate": distances} if distances else {}),
         }
+
+    @staticmethod
+    def _environment() -> dict[str, str]:
+        """The drill's own, without the `MESH_*` variables of whoever runs it: they would win over the configuration."""
+        own = {key: value for key, value in os.environ.items() if not key.startswith("MESH_")}
+        return {**own, "TOKENIZERS_PARALLELISM": "false"}
 
     def _last_words(self, site: str) -> str:
         lines = [line for line in self.log(site).splitlines() if line.strip()]
