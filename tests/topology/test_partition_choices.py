@@ -96,9 +96,6 @@ def test_tensor_parallelism_takes_all_devices_where_fewer_would_be_a_little_fast
 
 def test_shares_follow_measured_speed_and_the_fastest_leads() -> None:
     snapshot = Snapshot((site("x", gpu("g0", speed=1e12), gpu("g1", speed=3e12)),), ())
-    plan = (
-        partition(snapshot, LLAMA_70B, {"shards": 2, "context": 256}, strategy="tensor_parallelism") if False else None
-    )
     model = replace(LLAMA_70B, layers=20)
     plan = partition(snapshot, model, strategy="tensor_parallelism")
     lead, other = plan.stages[0].shards
