@@ -37,6 +37,8 @@ def from_rpc(error: grpc.RpcError, address: str, what: str, deadline_s: float, *
         return silent(address, what, deadline_s)
     if status is grpc.StatusCode.CANCELLED:
         return JobCancelled(f"{what} was cancelled")
+    if status is grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return MeshError(f"the peer at {address} cannot take {what}: {details or 'it serves as much as it can'}")
     if status is grpc.StatusCode.UNIMPLEMENTED:
         return MeshError(f"what answers at {address} does not know {what}: it is no peer, or of another version")
     name = status.name if status is not None else "UNKNOWN"

@@ -8,13 +8,14 @@ do harm. Live requests wait through a recovery and start again with the tokens t
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import trio
 
-from mesh.errors import MeshError, ModelError, PeerUnreachable, PlanError, RequestError
+from mesh.errors import JobFailed, MeshError, ModelError, PeerUnreachable, PlanError, RequestError
 from mesh.jobs.deploy import ShardFailed, deploy
 from mesh.jobs.job import Job, wire_epoch
 from mesh.jobs.model import Inspector, ModelInfo
@@ -22,6 +23,8 @@ from mesh.jobs.peers import View
 from mesh.jobs.serving import Serving
 from mesh.wire.v1 import peer_pb2
 from topology import Constraints, Plan, TopologyError, partition
+
+logger = logging.getLogger(__name__)
 
 #: Workers report once a second; a peer silent for this long is asked, and lost if it does not answer.
 SILENCE_S = 4.0
@@ -68,7 +71,13 @@ class Coordinator:
                 cause = error.error if isinstance(error, ShardFailed) else error
                 self._update(state="failed", error=cause)
             except TopologyError as error:
-                self._update(state="failed", error=PlanError(str(error)))
+                never_ran = self.job.plan is None
+                reason = PlanError(str(error)) if never_ran else JobFailed(f"no plan is left after a loss: {error}")
+                self._update(state="failed", error=reason)
+            except Exception as error:
+                # A fault of ours must cost this job, not the daemon and every other job with it.
+                logger.exception("job %s failed", self.job.id)
+                self._update(state="failed", error=JobFailed(f"a fault in its owner: {type(error).__name__}: {error}"))
         if not self.job.ended:
             self._update(state="cancelled")
         self.serving.wake()

@@ -123,6 +123,7 @@ class Request:
         self.tokens: list[int] = []
         self.finish_reason = ""
         self.ended_by_worker = False
+        self.error: RequestError | None = None
         self.progress_at = trio.current_time()
         self.timeline = Timeline()
         self._eos = eos
@@ -185,6 +186,11 @@ class Request:
         if not self._events:
             self._arrived = trio.Event()
             await self._arrived.wait()
+
+    def fail(self, error: RequestError) -> None:
+        """The workers refuse the request: whoever waits for it is to raise `error`."""
+        self.error = error
+        self.wake()
 
     def wake(self) -> None:
         """Let whoever waits look again: the job has ended."""

@@ -103,11 +103,16 @@ class Serving:
         finally:
             del self._requests[request.name]
             self._reserved_tokens -= budget
+            # One event for all who wait, replaced once it is set: a waiter that made its own would silence the others.
             self._ended.set()
+            self._ended = trio.Event()
             await self._stop(request)
 
     async def start(self, request: Request) -> None:
-        """Start, or start again, at the lead of the first stage. A failure there is a suspicion, not an end."""
+        """Start, or start again, at the lead of the first stage. Raises nothing: a coordinator starts many at once.
+
+        A request that is refused fails; any other failure is a suspicion, not an end.
+        """
         lead = _running(self._job).stages[0].lead
         request.progress_at = trio.current_time()
         if request.finish_reason:
@@ -115,8 +120,8 @@ class Serving:
         message = request.start_message(self._job.id, wire_epoch(self._job.epoch), lead.device)
         try:
             await self._view.peer(lead.site).start(message)
-        except RequestError:
-            raise
+        except RequestError as error:
+            request.fail(error)
         except MeshError as error:
             self._suspect(lead.site, f"{lead.key}: {error}")
 
@@ -142,11 +147,12 @@ class Serving:
                 if event is not None:
                     return event
                 self._job.raise_if_ended()
+                if request.error is not None:
+                    raise request.error
                 await request.arrived()
         return mesh_pb2.GenerateEvent()
 
     async def _one_ended(self) -> None:
-        self._ended = trio.Event()
         await self._ended.wait()
 
 

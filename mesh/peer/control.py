@@ -24,13 +24,19 @@ from mesh.wire.errors import abort
 from mesh.wire.v1 import mesh_pb2, mesh_pb2_grpc, peer_pb2, peer_pb2_grpc
 
 #: Each open stream pins a thread: generations, watchers, and the owners that listen to this peer's workers.
-THREADS = 64
+THREADS = 256
+#: A caller that neither reads nor answers is gone, also where no reset tells of it (a cable cut, a process stopped):
+#: its requests end and its leases lapse. A call that waits in vain for 20 s bothers nobody who is only slow.
+KEEPALIVE_MS, KEEPALIVE_TIMEOUT_MS = 10_000, 10_000
 #: A prompt of a million characters fits many times; anything longer is a mistake.
 MAX_MESSAGE_BYTES = 32 << 20
 
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.so_reuseport", 0),  # a second peer on the same port must fail, not share it
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", KEEPALIVE_MS),
+    ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
+    ("grpc.http2.max_pings_without_data", 0),
 ]
 
 
@@ -209,7 +215,10 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
 
 def serve(mesh: MeshServicer, peer: PeerServicer, host: str, port: int) -> grpc.Server:
     """Start the server on `host:port`. Raises AddressInUse where the port is taken."""
-    server = grpc.server(ThreadPoolExecutor(THREADS, thread_name_prefix="grpc"), options=_OPTIONS)
+    # Without the limit, a call beyond the threads would wait in a queue without a word.
+    server = grpc.server(
+        ThreadPoolExecutor(THREADS, thread_name_prefix="grpc"), options=_OPTIONS, maximum_concurrent_rpcs=THREADS
+    )
     mesh_pb2_grpc.add_MeshServicer_to_server(mesh, server)
     peer_pb2_grpc.add_PeerServicer_to_server(peer, server)
     address = join_address(host, port)

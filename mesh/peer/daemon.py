@@ -73,18 +73,29 @@ def _bare(group: BaseExceptionGroup[BaseException]) -> BaseException:
 
 
 async def _guarded(config: PeerConfig, data: DataDir) -> None:
-    stop = trio.Event()
+    stop, up = trio.Event(), trio.Event()
     async with trio.open_nursery() as nursery:
-        await nursery.start(_signals, stop)
-        async with open_peer(config, data) as peer:
-            print(f"{config.site} is up at {peer.address}", flush=True)
-            await stop.wait()
-            await peer.leave()
+        await nursery.start(_signals, stop, up, nursery.cancel_scope)
+        try:
+            async with open_peer(config, data) as peer:
+                up.set()
+                print(f"{config.site} is up at {peer.address}", flush=True)
+                await stop.wait()
+                await peer.leave()
+        except MeshError:
+            # Ctrl-C in a terminal reaches the processes of the start as well: they fail because we are to end.
+            if up.is_set() or not stop.is_set():
+                raise
         nursery.cancel_scope.cancel()
 
 
-async def _signals(stop: trio.Event, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-    """The first signal asks to leave; a second one ends at once, as if nobody were listening."""
+async def _signals(
+    stop: trio.Event,
+    up: trio.Event,
+    starting: trio.CancelScope,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """The first signal asks to leave, or ends the start; a second one ends at once, as if nobody were listening."""
     with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
         task_status.started()
         async for number in received:
@@ -92,6 +103,8 @@ async def _signals(stop: trio.Event, task_status: trio.TaskStatus[None] = trio.T
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             stop.set()
+            if not up.is_set():
+                starting.cancel()
 
 
 class Peer:
@@ -132,7 +145,7 @@ class Peer:
         await self._ledger.close(GRACE_S)
         await self._gossip.leave(LEAVE_S)
         with trio.move_on_after(GRACE_S):
-            await self._service.idle()
+            await self._service.drain()
 
     def publish_load(self) -> None:
         """Tell the mesh how much memory is left."""
@@ -259,9 +272,9 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
         def publish_jobs() -> None:
             peer.publish_jobs()
 
-        service = PeerService(config.site, pool, devices, delay_s=delay_s, on_load=publish_load)
-        view = MeshView(config.site, gossip, service)
         inspector = SubprocessInspector(config.data_dir / "models")
+        service = PeerService(config.site, pool, devices, delay_s=delay_s, on_load=publish_load, inspector=inspector)
+        view = MeshView(config.site, gossip, service)
         ledger = Ledger(config.site, view, inspector, nursery, publish_jobs)
         peer = Peer(config=config, gossip=gossip, ledger=ledger, view=view, service=service, devices=devices)
         gossip.publish("capabilities", _capabilities(config, devices))

@@ -15,7 +15,8 @@ import msgpack
 import trio
 
 from mesh.devices.local import LocalDevice
-from mesh.errors import MeshError, RequestError, WorkerError
+from mesh.errors import MeshError, PeerUnreachable, RequestError, WorkerError
+from mesh.jobs.model import Inspector
 from mesh.jobs.peers import Progress
 from mesh.peer.workers import WorkerPool
 from mesh.runtime.assignment import Assignment
@@ -48,12 +49,15 @@ class PeerService:
         *,
         delay_s: Callable[[str], float],
         on_load: Callable[[], None],
+        inspector: Inspector,
     ) -> None:
         self.site = site
         self._pool = pool
         self._devices = {device.device.name: device for device in devices}
         self._delay_s = delay_s
         self._on_load = on_load
+        self._inspector = inspector
+        self._lease_s = LEASE_S
         self._jobs: dict[str, Served] = {}
         self._ended = trio.Event()
 
@@ -65,6 +69,14 @@ class PeerService:
             free[name] = max(0, local.device.free_bytes - held)
         return free
 
+    async def drain(self) -> None:
+        """This peer leaves: take on nothing more, and wait until it is idle. The caller bounds the wait.
+
+        An owner that has moved its job away does not come back for what it left here, so leases end at once.
+        """
+        self._lease_s = 0.0
+        await self.idle()
+
     async def idle(self) -> None:
         """Wait until this peer holds workers for nobody. The caller bounds the wait."""
         while any(job.reserved_bytes for job in self._jobs.values()):
@@ -73,6 +85,8 @@ class PeerService:
 
     async def prepare(self, request: peer_pb2.PrepareRequest, progress: Progress) -> dict[str, bytes]:
         """Load one shard on a device of this site. Raises WorkerError where memory is short or the worker fails."""
+        if not self._lease_s:
+            raise PeerUnreachable(f"{self.site} is leaving the mesh")
         job = self._admit(request.job, request.epoch)
         local = self._device(request.device)
         assignment = _assignment(request.assignment)
@@ -89,6 +103,8 @@ class PeerService:
         self._loads_changed()
         own = replace(assignment, device=local.torch_device, threads=local.threads)
         try:
+            if own.model.endswith(".gguf"):
+                own = replace(own, model=(await self._inspector(own.model)).path)
             return await self._pool.prepare(own, progress, name=request.device)
         except MeshError:
             job.reserved_bytes.pop(request.device, None)
@@ -163,7 +179,7 @@ class PeerService:
                 for listener in list(job.listeners):
                     # With no worker up yet nobody else speaks; silence must mean that the peer is gone.
                     listener.send_nowait(peer_pb2.WorkerEvent(alive=peer_pb2.AliveEvent()))
-                if job.orphaned_at is not None and now - job.orphaned_at > LEASE_S:
+                if job.orphaned_at is not None and now - job.orphaned_at > self._lease_s:
                     await self._end(name, job, frozenset())
 
     async def _end(self, name: str, job: Served, keep: frozenset[str]) -> None:

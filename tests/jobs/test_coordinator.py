@@ -6,7 +6,7 @@ import pytest
 import trio
 from job_fakes import World, token_at, write_tokenizer
 
-from mesh.errors import JobCancelled, ModelError, PlanError, RequestError, WorkerError
+from mesh.errors import JobCancelled, JobFailed, ModelError, PlanError, RequestError, WorkerError
 from mesh.jobs.coordinator import Coordinator
 from mesh.jobs.job import Job
 from mesh.wire.v1 import mesh_pb2, peer_pb2
@@ -137,7 +137,7 @@ async def test_a_site_lost_beyond_repair_fails_the_job_and_its_requests(tmp_path
                 world.peers["b"].kill()
                 world.peers["c"].kill()
 
-        with pytest.raises(PlanError):
+        with pytest.raises(JobFailed, match=r"no plan is left after a loss.*memory"):
             await tokens_of(world, request(20), lose_two)
 
 
