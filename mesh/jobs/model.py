@@ -20,11 +20,16 @@ INSPECT_DEADLINE_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """A model's shape, the folder of its tokenizer, and the token ids that end a text."""
+    """A model's shape, the folder of its tokenizer, the token ids that end a text, and what workers here open.
+
+    `path` differs from the model's name for a GGUF file: a folder in the cache that has its settings beside it, so that
+    no worker has to import transformers to read them.
+    """
 
     spec: ModelSpec
     tokenizer: Path
     eos: frozenset[int]
+    path: str = ""
 
 
 class Inspector(Protocol):
@@ -61,4 +66,9 @@ def _parse(model: str, output: str, returncode: int) -> ModelInfo:
         raise ModelError(f"the model {model!r} could not be read: the inspector ended with code {returncode}") from None
     if "error" in document:
         raise BY_CODE.get(document["error"], ModelError)(document["message"])
-    return ModelInfo(ModelSpec.from_dict(document["spec"]), Path(document["tokenizer"]), frozenset(document["eos"]))
+    return ModelInfo(
+        ModelSpec.from_dict(document["spec"]),
+        Path(document["tokenizer"]),
+        frozenset(document["eos"]),
+        str(document["path"]),
+    )

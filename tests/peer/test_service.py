@@ -2,6 +2,7 @@
 
 import math
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 
 import msgpack
 import pytest
@@ -46,8 +47,14 @@ async def serving():
         for name in ("cpu0", "cpu1")
     ]
     pool = FakePool()
+
+    async def inspect(model):
+        return SimpleNamespace(path=f"prepared/{model}")
+
     loads = []
-    service = PeerService("here", pool, devices, delay_s=lambda site: 0.04, on_load=lambda: loads.append(1))
+    service = PeerService(
+        "here", pool, devices, delay_s=lambda site: 0.04, on_load=lambda: loads.append(1), inspector=inspect
+    )
     async with trio.open_nursery() as nursery:
         nursery.start_soon(service.run)
         yield service, pool
@@ -58,9 +65,9 @@ def epoch(counter):
     return peer_pb2.Epoch(counter=counter, owner="owner")
 
 
-def prepare(job="j", counter=1, device="cpu0", memory=600):
+def prepare(job="j", counter=1, device="cpu0", memory=600, model="m"):
     assignment = Assignment(
-        job=job, epoch=(counter, "owner"), model="m", dtype="float32", device=device, threads=0, memory_bytes=memory,
+        job=job, epoch=(counter, "owner"), model=model, dtype="float32", device=device, threads=0, memory_bytes=memory,
         context=8, stage=0, stages=1, start=0, end=1, rank=0, size=1, kv_heads=(0, 1), columns=(0, 8),
         vocabulary=(0, 8),
     )  # fmt: skip
@@ -79,6 +86,13 @@ async def test_a_shard_gets_the_devices_own_name_and_threads_and_its_memory_is_c
         name, assignment = pool.prepared[0]
         assert (name, assignment.device, assignment.threads) == ("cpu0", "cpu", 3)
         assert service.free_bytes() == {"cpu0": 400, "cpu1": 1000}
+
+
+async def test_a_gguf_file_is_opened_as_what_this_site_prepared_of_it(autojump_clock):
+    async with serving() as (service, pool):
+        await service.prepare(prepare(model="m.gguf"), nothing)
+        await service.prepare(prepare(job="k", device="cpu1", model="folder"), nothing)
+        assert [assignment.model for _, assignment in pool.prepared] == ["prepared/m.gguf", "folder"]
 
 
 async def test_memory_that_another_job_holds_is_refused_and_ones_own_is_not(autojump_clock):
