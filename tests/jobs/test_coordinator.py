@@ -222,3 +222,56 @@ async def test_a_request_that_cannot_be_served_is_refused_in_words(tmp_path, aut
         with pytest.raises(RequestError, match=words):
             await tokens_of(world, request(**change))
         assert not world.coordinator.serving.live
+
+
+async def test_all_who_wait_for_room_hear_of_it_at_once(tmp_path, autojump_clock):
+    async with running(tmp_path) as world:
+        done = []
+
+        async def one(count):
+            await tokens_of(world, request(count))
+            done.append(trio.current_time())
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one, 200)
+            await trio.sleep(1)
+            for _ in range(3):
+                nursery.start_soon(one, 60)
+            with trio.fail_after(30):
+                await world.coordinator.serving.idle()
+        assert done[3] - done[1] < 1.0  # all three began when the first ended, none at its next heartbeat
+
+
+async def test_a_request_that_the_workers_refuse_fails_alone(tmp_path, autojump_clock):
+    async with running(tmp_path) as world:
+        await world.coordinator.job.ready()
+        lead = world.peers[world.coordinator.job.plan.stages[0].lead.site]
+        start = lead.start
+
+        async def refuse(message):
+            raise RequestError("not with these tokens")
+
+        def lose(count):
+            if count == 3:
+                last = world.peers[world.coordinator.job.plan.stages[-1].lead.site]
+                lead.start = refuse
+                last.report(peer_pb2.WorkerEvent(failure=peer_pb2.FailureEvent(reason="died", fatal=True)))
+
+        with pytest.raises(RequestError, match="not with these tokens"):
+            await tokens_of(world, request(20), lose)
+        lead.start = start
+        assert (await tokens_of(world, request(20)))[0] == expected(20)
+
+
+async def test_a_fault_of_ours_ends_the_job_in_words_and_nothing_else(tmp_path, autojump_clock):
+    async with running(tmp_path) as world:
+        await world.coordinator.job.ready()
+
+        def lose(count):
+            if count == 3:
+                world.snapshot = lambda: 1 / 0
+                world.peers["b"].kill()
+
+        with pytest.raises(JobFailed, match="a fault in its owner: ZeroDivisionError"):
+            await tokens_of(world, request(20), lose)
+        assert world.coordinator.job.state == "failed"
