@@ -43,9 +43,9 @@ def partition(
 ) -> Plan:
     """The plan for a model on a mesh. Pure: equal arguments give equal plans, in whatever order sites came in.
 
-    `previous` is the plan that a job runs by now: memory its shards hold counts as free, and where a plan that leaves
-    more weights in place is predicted within 10 % of the best, it is taken. Site names in the constraints that are
-    gone from the snapshot are then taken for lost, not for misspelt.
+    `previous` is the plan that a job runs by now: where a plan that leaves more weights in place is predicted within
+    10 % of the best, it is taken. The caller gives back what the job holds with `Snapshot.with_freed` first. Site names
+    in the constraints that are gone from the snapshot are then taken for lost, not for misspelt.
 
     Raises ConstraintError for a wrong constraint or strategy, NoFeasiblePlan with what is missing, and TopologyError
     for an impossible model or a snapshot that contradicts itself.
@@ -60,7 +60,6 @@ def partition(
     model = _checked(replace(model, dtype=wishes.dtype) if wishes.dtype else model)
     context = wishes.context or min(model.context, DEFAULT_CONTEXT)
     _possible(model, wishes, context)
-    held = {shard.key: shard.memory_bytes for stage in previous.stages for shard in stage.shards} if previous else {}
     attempts = [(wishes, True), (wishes, False)]
     if previous is not None and wishes.forced:
         # A loss can make a forced shape impossible; a running job goes on in another shape.
@@ -68,7 +67,7 @@ def partition(
         attempts += [(free, True), (free, False)]
     outcome: Outcome | None = None
     for asked, reserve in attempts:
-        picture = look(snapshot, model, asked, reserve=reserve, held=held)
+        picture = look(snapshot, model, asked, reserve=reserve)
         search = Search(picture, model, context, asked, strategy)
         outcome = search.run()
         if outcome.best is None:
@@ -80,7 +79,7 @@ def partition(
             extra += (f"the forced shape, stages={wishes.stages} shards={wishes.shards}, is no longer possible",)
         reasons = why(search, chosen, context, reserve=reserve, extra=extra, cut_short=outcome.cut_short)
         return chosen.plan(model, context, reasons)
-    missing = shortfalls(snapshot, model, context, wishes, strategy=strategy, held=held, outcome=outcome)
+    missing = shortfalls(snapshot, model, context, wishes, strategy=strategy, outcome=outcome)
     raise NoFeasiblePlan(model.name, missing, look(snapshot, model, wishes).notes)
 
 

@@ -107,21 +107,19 @@ def look(
     constraints: Constraints,
     *,
     reserve: bool = True,
-    held: Mapping[str, int] | None = None,
     ignore_unreachable: bool = False,
 ) -> Picture:
     """The picture under the constraints that choose sites.
 
-    `reserve`: keep each device's reserve free. `held`: bytes by `site/device` that this job holds already; they count
-    as free. `ignore_unreachable` treats cut pairs as not measured, to find out what they cost. Raises TopologyError
-    where the snapshot names a site or a device twice.
+    `reserve`: keep each device's reserve free. `ignore_unreachable` treats cut pairs as not measured, to find out what
+    they cost. Raises TopologyError where the snapshot names a site or a device twice.
     """
     allowed = allowed_sites(snapshot, constraints)
     notes: list[str] = []
     nodes: dict[str, tuple[Node, ...]] = {}
     for site in snapshot.sites:
         if site.name in allowed:
-            usable = _nodes(site, model, reserve, held or {}, notes)
+            usable = _nodes(site, model, reserve, notes)
             if usable:
                 nodes[site.name] = usable
     return Picture(nodes, _paths(snapshot, sorted(nodes), ignore_unreachable, notes), tuple(notes))
@@ -158,7 +156,7 @@ def _within(value: object, most: float, *, zero: bool = False) -> bool:
     return (value >= 0 if zero else value > 0) and value <= most
 
 
-def _nodes(site: Site, model: ModelSpec, reserve: bool, held: Mapping[str, int], notes: list[str]) -> tuple[Node, ...]:
+def _nodes(site: Site, model: ModelSpec, reserve: bool, notes: list[str]) -> tuple[Node, ...]:
     nodes = []
     for device in sorted(site.devices, key=lambda device: device.name):
         problem = _problem(device)
@@ -171,7 +169,7 @@ def _nodes(site: Site, model: ModelSpec, reserve: bool, held: Mapping[str, int],
             notes.append(f"{site.name}/{device.name} has no measured {model.dtype} speed, its slowest dtype is assumed")
         # At a batch of one a weight is read once for two operations: the roofline's lower branch is nearly always it.
         speed = min(device.memory_bandwidth, flops * model.element_bytes / 2)
-        free = min(device.free_bytes + held.get(f"{site.name}/{device.name}", 0), device.memory_bytes)
+        free = min(device.free_bytes, device.memory_bytes)
         kept = device.reserve * device.memory_bytes if reserve else 0.0
         usable = max(math.floor(free - kept), 0)
         if usable:

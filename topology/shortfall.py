@@ -6,7 +6,6 @@ what the model takes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from topology.candidate import Candidate
@@ -26,16 +25,15 @@ def shortfalls(
     constraints: Constraints,
     *,
     strategy: str,
-    held: Mapping[str, int],
     outcome: Outcome | None,
 ) -> tuple[Shortfall, ...]:
     """Per constraint, what is required, available and missing. Never empty."""
 
     def tried(wishes: Constraints, *, ignore_unreachable: bool = False) -> Candidate | None:
-        picture = look(snapshot, model, wishes, reserve=False, held=held, ignore_unreachable=ignore_unreachable)
+        picture = look(snapshot, model, wishes, reserve=False, ignore_unreachable=ignore_unreachable)
         return Search(picture, model, context, wishes, strategy).run().best
 
-    picture = look(snapshot, model, constraints, reserve=False, held=held)
+    picture = look(snapshot, model, constraints, reserve=False)
     found: list[Shortfall] = []
     limit = constraints.max_token_latency_ms
     if limit is not None and outcome is not None and outcome.fastest is not None:

@@ -64,7 +64,7 @@ def test_neighbours_stretch_over_a_lost_span_where_no_site_is_spare() -> None:
         assert old_end <= end
 
 
-def test_what_the_job_holds_counts_as_free() -> None:
+def test_what_the_job_gives_back_can_hold_it_again() -> None:
     snapshot = mesh([site(name, cpu(memory=430 * MIB)) for name in "abc"], {"a-b": 20, "b-c": 20, "a-c": 20})
     plan = partition(snapshot, SMOL)
     held = {shard.key: shard.memory_bytes for stage in plan.stages for shard in stage.shards}
@@ -72,7 +72,7 @@ def test_what_the_job_holds_counts_as_free() -> None:
         [site(n, cpu(memory=430 * MIB, free_bytes=430 * MIB - held[f"{n}/cpu"])) for n in "abc"],
         {"a-b": 20, "b-c": 20, "a-c": 20},
     )
-    assert partition(running, SMOL, previous=plan).stages == plan.stages
+    assert partition(running.with_freed(held), SMOL, previous=plan).stages == plan.stages
 
 
 def test_a_named_site_that_is_gone_is_a_loss_and_not_a_misspelling() -> None:
