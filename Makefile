@@ -36,7 +36,7 @@ $(VENV)/.created:
 # PyTorch first and alone: with it in place the rest installs nothing of its size again.
 $(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.created
 	$(BIN)/python -m pip install --quiet -c constraints.txt $(TORCH)
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[$(EXTRAS)]"
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
 
 $(MODEL)/.complete: scripts/fetch_small_model.py | $(VENV)/.installed

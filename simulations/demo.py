@@ -157,13 +157,14 @@ def _run(model: Path, options: argparse.Namespace) -> Outcome:
 
 def _stream(job: mesh.Job, messages: list[dict[str, str]], max_tokens: int, fleet: Fleet, outcome: Outcome) -> None:
     """Print the answer as it comes, and kill a site in the middle of it."""
+    # What comes between the kill and the recovery was under way already; then the stream stands still.
     stalled = False
     with job.stream(messages, max_tokens=max_tokens, idle_timeout_s=IDLE_TIMEOUT_S) as stream:
         for chunk in stream:
             now = time.monotonic()
             if outcome.killed_at and not stalled and now - outcome.arrivals[-1] > STALLED / outcome.tokens_per_s:
                 stalled = True
-                print(f"\n--- goes on {now - outcome.arrivals[-1]:.1f} s after the last token", flush=True)
+                print(f"--- goes on {now - outcome.arrivals[-1]:.1f} s after the last token", flush=True)
             outcome.tokens += chunk.token_ids
             outcome.arrivals += [now] * len(chunk.token_ids)
             outcome.text += chunk.text
@@ -184,7 +185,6 @@ def _victim(plan: mesh.Plan) -> str:
 
 
 def _summary(outcome: Outcome) -> None:
-    _title("Summary")
     after = outcome.plan_after
     verdict = "equal" if outcome.matches_reference else "DIFFERENT"
     if not outcome.matches_reference:
@@ -206,7 +206,8 @@ def _summary(outcome: Outcome) -> None:
         ["stall", f"{outcome.stall_s:.1f} s"],
         ["tokens against the whole model", verdict],
     ]
-    table(["", ""], rows)
+    print()
+    table(["summary", ""], rows)
     sys.stdout.flush()
 
 
