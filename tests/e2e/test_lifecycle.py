@@ -4,6 +4,7 @@ All sites lie 30 ms apart, so that a stream lasts for seconds although the model
 seed alone: every disturbed stream must say what the undisturbed one said.
 """
 
+import contextlib
 import os
 import signal
 import time
@@ -12,9 +13,10 @@ import psutil
 import pytest
 from drills import CONVERGE_TIMEOUT_S, READY_TIMEOUT_S, SPEED, converged, needs, running
 from noise import make_noise, ports_of
-from small import COMMAND_S, command, ended, eventually, group, member, python, workers
+from small import COMMAND_S, below, command, ended, eventually, group, member, python, workers
 
 import mesh
+from mesh.peer.control import THREADS
 from simulations.processes import Fleet, SiteSpec, free_ports, wait_converged
 
 SITES = ("a", "b", "c")
@@ -240,6 +242,16 @@ def test_a_signal_ends_a_peer_that_found_nobody(tmp_path, number):
     assert code == 0
 
 
+def test_ctrl_c_ends_a_peer_that_is_still_starting(tmp_path):
+    # No figures are stated, so the start spends seconds in a process of its own that measures.
+    where = ("--listen", "127.0.0.1:0", "--data-dir", tmp_path / "data")
+    process = command("up", *where, "--device", "cpu,threads=1,memory=100MiB")
+    eventually(lambda: below(process.pid), COMMAND_S, "the discovery of devices")
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    code, out, err = ended(process)
+    assert (code, out, err) == (0, "", "")
+
+
 # -- workers
 
 
@@ -268,6 +280,29 @@ def test_a_worker_that_dies_costs_no_token_and_no_site(mesh3, job, said, role):
 
 
 # -- sites
+
+
+def test_callers_beyond_what_a_peer_can_serve_are_told_so(mesh3, job):
+    address = mesh3.fleet.address("a")
+    with contextlib.ExitStack() as held:
+        clients = [held.enter_context(mesh.Mesh(address)) for _ in range(4)]
+        watches = []
+        with pytest.raises(mesh.MeshError, match="cannot take"):
+            for number in range(4 * THREADS):
+                watch = clients[number % 4].job(job.id).watch(COMMAND_S)
+                watches.append(watch)
+                next(watch)
+        assert len(watches) > THREADS // 2
+        for watch in watches:
+            watch.close()
+    eventually(lambda: answers(mesh3.client), what="an answer after the crowd has left")
+
+
+def answers(client):
+    try:
+        return bool(client.status())
+    except mesh.MeshError:
+        return False
 
 
 @pytest.mark.parametrize("role", ["last", "middle"])
@@ -306,6 +341,29 @@ def test_a_site_that_stands_still_costs_no_token_and_does_no_harm_when_it_return
     fleet.check()
 
 
+def test_an_owner_that_stands_still_loses_its_workers_and_sets_up_anew_when_it_returns(mesh3, job, said):
+    fleet = mesh3.fleet
+    others = [worker for name in "bc" for worker in workers(fleet.pid(name))]
+    try:
+        fleet.pause("a")
+        stopped_at = time.monotonic()
+        _, alive = psutil.wait_procs(others, timeout=60.0)
+        assert not alive
+        print(f"workers of an owner that stood still ended after {time.monotonic() - stopped_at:.1f} s")
+    finally:
+        fleet.resume("a")
+    tokens = eventually(lambda: served(job), RECOVERY_S, "the job's recovery")
+    assert tokens == said[:SOON]
+    fleet.check()
+
+
+def served(job):
+    try:
+        return job.generate(PROMPT, max_tokens=SOON, idle_timeout_s=RECOVERY_S, **SAMPLED).token_ids
+    except mesh.PeerUnreachable:  # the connection of before the pause
+        return []
+
+
 def test_an_owner_that_leaves_first_finishes_what_it_serves(mesh3, said):
     mesh3.whole()
     fleet = mesh3.fleet
@@ -328,11 +386,12 @@ def test_a_killed_owner_leaves_no_worker_and_nothing_that_blocks_its_next_start(
     mesh3.whole()
     fleet = mesh3.fleet
     with mesh.connect(fleet.address("b")) as client:
-        mesh3.submit(client)
+        job = mesh3.submit(client)
         own = workers(fleet.pid("b"))
         others = [worker for worker in all_workers(fleet) if worker not in own]
         assert own and others
-        os.kill(fleet.pid("b"), signal.SIGKILL)
+        with pytest.raises(mesh.PeerUnreachable, match="broke"):
+            through(job, lambda: os.kill(fleet.pid("b"), signal.SIGKILL))
         killed_at = time.monotonic()
         _, alive = psutil.wait_procs(own, timeout=10.0)
         own_s = time.monotonic() - killed_at
