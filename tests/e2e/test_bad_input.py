@@ -3,10 +3,12 @@
 import contextlib
 import json
 import os
+import random
 import shutil
 import socket
 
 import gguf
+import grpc
 import numpy
 import psutil
 import pytest
@@ -15,6 +17,7 @@ from small import CONFIG, below, command, ended, eventually, refused, tensors, w
 
 import mesh
 from mesh.runtime.inspect import inspect_model
+from mesh.wire.v1 import mesh_pb2, peer_pb2
 from simulations.processes import SiteSpec, free_ports
 
 #: gRPC, gossip and the clients' own connections come and go by this many descriptors.
@@ -344,6 +347,34 @@ def test_an_unknown_job_and_a_peer_that_is_not_there(peer, unharmed):
         mesh.connect(f"127.0.0.1:{port}")
     assert str(port) in refused("status", "--peer", f"127.0.0.1:{port}", code=4)
     assert "HOST:PORT" in refused("status", "--peer", "not-an-address", code=2)
+
+
+# -- messages that no client of ours sends
+
+
+def payloads(rng):
+    """Bytes for the methods of a peer: random ones, and well-formed messages with nonsense in them."""
+    epoch = peer_pb2.Epoch(counter=2**63, owner="x" * 1000)
+    yield from (rng.randbytes(rng.randrange(200)) for _ in range(12))
+    yield mesh_pb2.JobSpec(model="x", strategy="auto", constraints_json="[" * 100_000).SerializeToString()
+    yield mesh_pb2.JobSpec(model="\0", strategy="auto", constraints_json='{"context": 1e400}').SerializeToString()
+    yield peer_pb2.PrepareRequest(job="x", epoch=epoch, device="cpu0", assignment=b"\x81\xa3job").SerializeToString()
+    yield peer_pb2.PrepareRequest(job="x", epoch=epoch, assignment=rng.randbytes(999)).SerializeToString()
+
+
+def test_messages_that_make_no_sense_are_refused(peer, job, unharmed):
+    fleet, _ = peer
+    rng = random.Random(9)
+    with grpc.insecure_channel(fleet.address("solo")) as channel:
+        for service in (mesh_pb2.DESCRIPTOR, peer_pb2.DESCRIPTOR):
+            for name, methods in service.services_by_name.items():
+                for method in methods.methods:
+                    call = channel.unary_stream(f"/{service.package}.{name}/{method.name}")
+                    for payload in payloads(rng):
+                        answers = call(payload, timeout=1.0)
+                        with contextlib.suppress(grpc.RpcError):
+                            next(iter(answers), None)
+                        answers.cancel()
 
 
 # -- peers that cannot start
