@@ -99,12 +99,7 @@ class MeshServicer(mesh_pb2_grpc.MeshServicer):
 
         async def work() -> mesh_pb2.JobsReply:
             own = [coordinator.job.status() for coordinator in self._ledger]
-            others = [
-                mesh_pb2.JobStatus(
-                    job=job, owner=owner, model=str(entry.get("model", "")), state=str(entry.get("state", ""))
-                )
-                for job, (owner, entry) in self._elsewhere().items()
-            ]
+            others = [_told(job, owner, entry) for job, (owner, entry) in self._elsewhere().items()]
             return mesh_pb2.JobsReply(jobs=own + others)
 
         return self._bridge.call(context, work)
@@ -231,6 +226,14 @@ def serve(mesh: MeshServicer, peer: PeerServicer, host: str, port: int) -> grpc.
         raise AddressInUse(f"listen={address}: the TCP port is taken; stop what listens there or give another --listen")
     server.start()
     return server
+
+
+def _told(job: str, owner: str, entry: Mapping[str, Any]) -> mesh_pb2.JobStatus:
+    """What gossip tells of a job that another peer owns."""
+    epoch = entry.get("epoch")
+    counter = epoch if isinstance(epoch, int) and 0 <= epoch < 2**63 else 0
+    model, state = str(entry.get("model", "")), str(entry.get("state", ""))
+    return mesh_pb2.JobStatus(job=job, owner=owner, model=model, state=state, epoch=counter)
 
 
 def _constraints(request: mesh_pb2.JobSpec) -> dict[str, Any]:

@@ -156,7 +156,11 @@ class Peer:
         self._gossip.publish(
             "jobs",
             {
-                coordinator.job.id: {"model": coordinator.job.model, "state": coordinator.job.state}
+                coordinator.job.id: {
+                    "model": coordinator.job.model,
+                    "state": coordinator.job.state,
+                    "epoch": coordinator.job.counter,
+                }
                 for coordinator in self._ledger
                 if not coordinator.job.ended
             },
