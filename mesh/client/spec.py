@@ -42,8 +42,12 @@ def model_name(model: str | Path) -> str:
         raise RequestError("the model is empty: give a Hugging Face id, a folder or a .gguf file")
     if not isinstance(model, str):
         return _absolute(model.expanduser())
-    path = Path(text).expanduser()
-    if path.exists() or text.startswith(("./", "../", "~")) or text in (".", "..") or text.endswith(".gguf"):
+    try:
+        path = Path(text).expanduser()
+        exists = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, a folder closed to us, no such home
+        raise RequestError(f"the model {text[:200]!r}: {getattr(error, 'strerror', None) or error}") from None
+    if exists or text.startswith(("./", "../", "~")) or text in (".", "..") or text.endswith(".gguf"):
         return _absolute(path)
     return text
 

@@ -16,6 +16,8 @@ from mesh.jobs.peers import View
 from topology import ConstraintError, Constraints, Plan, TopologyError
 
 STRATEGIES = ("auto", "tensor_parallelism", "pipeline")
+#: Longest name of a model: a path may have 4096 bytes on Linux, but nobody types such a one.
+MAX_MODEL_CHARACTERS = 1024
 #: Ended jobs that are kept for `mesh jobs` to show why they ended.
 KEPT_ENDED = 64
 
@@ -91,6 +93,8 @@ class Ledger:
     def _coordinator(self, model: str, strategy: str, constraints: dict[str, Any]) -> Coordinator:
         if strategy not in STRATEGIES:
             raise RequestError(f"strategy {strategy!r} is unknown: it is one of {', '.join(STRATEGIES)}")
+        if not model or len(model) > MAX_MODEL_CHARACTERS or not model.isprintable():
+            raise RequestError(f"the name of a model has 1 to {MAX_MODEL_CHARACTERS} printable characters")
         try:
             Constraints.parse(constraints)
         except ConstraintError as error:

@@ -48,7 +48,8 @@ class SubprocessInspector:
 
     async def __call__(self, model: str) -> ModelInfo:
         """Inspect `model`; raises ModelError, or DeadlineExceeded after `INSPECT_DEADLINE_S`."""
-        command = [sys.executable, "-m", "mesh.runtime.inspect", model, "--cache", str(self._cache)]
+        # After "--" a name is a name, also where it begins like an option.
+        command = [sys.executable, "-m", "mesh.runtime.inspect", "--cache", str(self._cache), "--", model]
         with trio.move_on_after(INSPECT_DEADLINE_S) as scope:
             done = await trio.run_process(
                 command, stdin=b"", capture_stdout=True, stderr=subprocess.DEVNULL, check=False

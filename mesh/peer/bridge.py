@@ -51,6 +51,9 @@ class Bridge:
             abort(context, error)
         except (trio.RunFinishedError, trio.Cancelled):
             abort(context, PeerUnreachable("this peer is stopping"))
+        except Exception as error:
+            logger.exception("a call failed")
+            abort(context, MeshError(f"the peer failed: {type(error).__name__}: {error}"))
         raise AssertionError("abort returned")
 
     def stream(self, context: grpc.ServicerContext, produce: Producer[Reply]) -> Iterator[Reply]:

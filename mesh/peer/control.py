@@ -239,7 +239,7 @@ def _told(job: str, owner: str, entry: Mapping[str, Any]) -> mesh_pb2.JobStatus:
 def _constraints(request: mesh_pb2.JobSpec) -> dict[str, Any]:
     try:
         document = json.loads(request.constraints_json or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict):
         raise RequestError("constraints must be a JSON object")

@@ -45,6 +45,8 @@ GRACE_S = 10.0
 LEAVE_S = 1.0
 #: A peer told to join says so when nobody answered for this long; it goes on trying.
 JOIN_COMPLAINT_S = 5.0
+#: What the mesh is told of jobs must fit into one entry of gossip (32 KiB): the newest ones, their models' names cut.
+JOBS_TOLD, MODEL_CHARACTERS_TOLD = 80, 64
 #: Random ports tried until one is free for UDP and for TCP.
 PORT_TRIES = 20
 #: How long calls in progress may go on while the server stops.
@@ -57,6 +59,8 @@ def run(config: PeerConfig) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
     for chatty in ("hypercorn", "mesh.http"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    # It writes a trace for every malformed message that anybody sends; the caller is told anyway.
+    logging.getLogger("grpc._common").setLevel(logging.CRITICAL)
     with DataDir(config.data_dir) as data:
         try:
             trio.run(_guarded, config, data)
@@ -157,12 +161,11 @@ class Peer:
             "jobs",
             {
                 coordinator.job.id: {
-                    "model": coordinator.job.model,
+                    "model": _shortened(coordinator.job.model),
                     "state": coordinator.job.state,
                     "epoch": coordinator.job.counter,
                 }
-                for coordinator in self._ledger
-                if not coordinator.job.ended
+                for coordinator in [c for c in self._ledger if not c.job.ended][-JOBS_TOLD:]
             },
         )
 
@@ -300,6 +303,11 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
                 await trio.to_thread.run_sync(_stop, server)
                 view.close()
             nursery.cancel_scope.cancel()
+
+
+def _shortened(model: str) -> str:
+    """The end of a long name: of a path it says the most."""
+    return model if len(model) <= MODEL_CHARACTERS_TOLD else "..." + model[3 - MODEL_CHARACTERS_TOLD :]
 
 
 def _backends(config: PeerConfig, devices: list[LocalDevice]) -> tuple[str, ...]:

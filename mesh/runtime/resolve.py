@@ -19,10 +19,14 @@ def resolve(name: str) -> Path:
 
     Raises ModelError, within seconds, where there is no such model.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(name).expanduser()
+        is_dir, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # no permission, a name too long, no such home
+        raise ModelError(f"no model at {name}: {getattr(error, 'strerror', None) or error}") from error
+    if is_dir:
         return path.resolve()
-    if path.is_file():
+    if is_file:
         if path.suffix != ".gguf":
             raise ModelError(f"{path} is neither a folder nor a .gguf file")
         return path.absolute()

@@ -13,11 +13,11 @@ import numpy
 import psutil
 import pytest
 from drills import READY_TIMEOUT_S, SPEED, converged
-from small import CONFIG, below, command, ended, eventually, refused, tensors, write_model
+from small import COMMAND_S, CONFIG, below, command, ended, eventually, refused, tensors, write_model
 
 import mesh
 from mesh.runtime.inspect import inspect_model
-from mesh.wire.v1 import mesh_pb2, peer_pb2
+from mesh.wire.v1 import mesh_pb2, mesh_pb2_grpc, peer_pb2
 from simulations.processes import SiteSpec, free_ports
 
 #: gRPC, gossip and the clients' own connections come and go by this many descriptors.
@@ -259,6 +259,20 @@ def test_an_inspection_says_what_is_wrong_with_a_model(tiny, model, tmp_path, mo
         inspect_model(str(make(tmp_path, tiny, model)), tmp_path / "cache")
     assert "\n" not in str(caught.value)
     assert not any((tmp_path / "cache").iterdir()) if (tmp_path / "cache").exists() else True
+
+
+@pytest.mark.parametrize("name", ["\0", "x" * 5000, "--help", "a\nb"], ids=["nul", "long", "option", "lines"])
+def test_a_name_that_is_none_is_refused(peer, unharmed, name):
+    fleet, client = peer
+    with pytest.raises((mesh.RequestError, mesh.ModelError)) as caught:
+        client.submit(name).wait(READY_TIMEOUT_S)
+    assert "\n" not in str(caught.value)
+    # And where a client does not look at it first.
+    with grpc.insecure_channel(fleet.address("solo")) as channel:
+        stub = mesh_pb2_grpc.MeshStub(channel)
+        with pytest.raises(grpc.RpcError) as refused:
+            stub.Plan(mesh_pb2.JobSpec(model=name, strategy="auto"), timeout=COMMAND_S)
+    assert dict(refused.value.trailing_metadata())["mesh-error"] in ("request", "model")
 
 
 def test_the_command_line_says_so_in_one_line_and_a_code(peer, unharmed, tmp_path):
