@@ -8,7 +8,7 @@ from typing import Any
 
 import trio
 
-from mesh.errors import JobNotFound, PlanError, RequestError
+from mesh.errors import JobNotFound, PeerUnreachable, PlanError, RequestError
 from mesh.jobs.coordinator import Coordinator
 from mesh.jobs.job import Job
 from mesh.jobs.model import Inspector
@@ -34,6 +34,7 @@ class Ledger:
         self._nursery = nursery
         self._on_change = on_change
         self._coordinators: dict[str, Coordinator] = {}
+        self._closing = False
         self._old_tokens = 0
         self._old_recoveries = 0
 
@@ -51,7 +52,12 @@ class Ledger:
         return self._old_recoveries + sum(coordinator.job.recoveries for coordinator in self)
 
     def submit(self, model: str, strategy: str, constraints: dict[str, Any]) -> Job:
-        """Begin a job. Raises RequestError for a strategy or a constraint that does not exist."""
+        """Begin a job. Raises RequestError for a strategy or a constraint that does not exist.
+
+        Raises PeerUnreachable once `close` was called.
+        """
+        if self._closing:
+            raise PeerUnreachable(f"{self._site} is leaving the mesh: submit to another peer")
         coordinator = self._coordinator(model, strategy, constraints)
         self._coordinators[coordinator.job.id] = coordinator
         self._forget_old()
@@ -79,7 +85,10 @@ class Ledger:
         return job in self._coordinators
 
     async def close(self, grace_s: float) -> None:
-        """Let live requests finish for up to `grace_s` seconds, then end every job."""
+        """Let live requests finish for up to `grace_s` seconds, then end every job. Nothing new is taken on."""
+        self._closing = True
+        for coordinator in self:
+            coordinator.serving.closing = True
         with trio.move_on_after(grace_s):
             for coordinator in self:
                 await coordinator.serving.idle()

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable
 
 import trio
 
-from mesh.errors import MeshError, RequestError
+from mesh.errors import MeshError, PeerUnreachable, RequestError
 from mesh.jobs.job import Job, wire_epoch
 from mesh.jobs.model import ModelInfo
 from mesh.jobs.peers import View
@@ -30,6 +30,8 @@ class Serving:
 
     def __init__(self, job: Job, view: View, suspect: Callable[[str, str], None]) -> None:
         self.tokens_total = 0
+        #: Set while the peer leaves: what is live is finished, nothing more is taken on.
+        self.closing = False
         self._job = job
         self._view = view
         self._suspect = suspect
@@ -73,6 +75,8 @@ class Serving:
         Closing the iterator ends the request everywhere.
         """
         options = Options.parse(message)
+        if self.closing:
+            raise PeerUnreachable(f"{self._job.owner}, which owns job {self._job.id}, is leaving the mesh")
         await self._job.ready()
         assert self._info is not None and self._text is not None
         prompt = self._text.encode(prompt_of(message))

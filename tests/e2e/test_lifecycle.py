@@ -326,6 +326,7 @@ def test_a_site_that_stands_still_costs_no_token_and_does_no_harm_when_it_return
     try:
         tokens, gap_s = through(job, lambda: fleet.pause(site))
         assert tokens == said
+        print(f"the stream stood still for {gap_s:.1f} s")
         assert gap_s < 45.0
         assert site not in job.plan.sites
         epoch = job.refresh().epoch
@@ -373,7 +374,16 @@ def test_an_owner_that_leaves_first_finishes_what_it_serves(mesh3, said):
     with mesh.connect(fleet.address("b")) as client:
         job = mesh3.submit(client)
         process = fleet._processes["b"]
-        tokens, _ = through(job, lambda: process.send_signal(signal.SIGTERM), after=60)
+
+        def leave():
+            process.send_signal(signal.SIGTERM)
+            eventually(lambda: client.status()["state"] == "leaving", what="the peer's intention to leave")
+            with pytest.raises(mesh.PeerUnreachable, match="b is leaving"):
+                client.submit(mesh3.model)
+            with pytest.raises(mesh.PeerUnreachable, match="b, which owns"):
+                job.generate(PROMPT, max_tokens=1)
+
+        tokens, _ = through(job, leave, after=60)
         assert tokens == said
     assert process.wait(30) == 0
     assert not group(process.pid)
