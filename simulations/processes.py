@@ -260,34 +260,48 @@ class Fleet:
 
 
 def wait_converged(fleet: Fleet, site: str, timeout_s: float) -> mesh.Snapshot:
-    """The snapshot of `site`'s peer once it holds every site of the fleet with a device, and every link as measured.
+    """The snapshot of `site`'s peer, once all peers see each other and it holds every site and every link as measured.
 
+    A peer that was started again counts only as what it is now: others may go on for a while with what it was before.
     Raises DrillError when a daemon ends meanwhile, or when the picture is not complete in time; says what is missing.
     """
     deadline = time.monotonic() + timeout_s
     missing = f"an answer from {site}"
-    with mesh.Mesh(fleet.address(site)) as client:
+    with contextlib.ExitStack() as stack:
+        clients = {name: stack.enter_context(mesh.Mesh(fleet.address(name))) for name in fleet.sites}
         while time.monotonic() < deadline:
             fleet.check()
             try:
-                snapshot = client.topology()
-            except (mesh.PeerUnreachable, mesh.DeadlineExceeded):
-                time.sleep(POLL_S)
-                continue
-            missing = _missing(snapshot, fleet.sites)
-            if not missing:
-                return snapshot
+                missing = _unseen({name: client.status()["members"] for name, client in clients.items()})
+                snapshot = clients[site].topology()
+            except (mesh.PeerUnreachable, mesh.DeadlineExceeded) as error:
+                missing = str(error)
+            else:
+                missing = missing or _unmeasured(snapshot, fleet.sites)
+                if not missing:
+                    return snapshot
             time.sleep(POLL_S)
-    raise DrillError(f"the sites did not find each other within {timeout_s:g} s: missing {missing}")
+    raise DrillError(f"the sites did not find each other within {timeout_s:g} s: {missing}")
 
 
-def _missing(snapshot: mesh.Snapshot, sites: Iterable[str]) -> str:
+def _unseen(members: Mapping[str, list[dict[str, Any]]]) -> str:
+    """The first peer whose present incarnation another one does not hold for alive; empty if there is none."""
+    seen = {name: {row["site"]: (row["state"], row["incarnation"]) for row in rows} for name, rows in members.items()}
+    for name in seen:
+        for observer, states in seen.items():
+            if states.get(name) != ("alive", seen[name].get(name, ("", 0))[1]):
+                return f"{observer} does not see {name}"
+    return ""
+
+
+def _unmeasured(snapshot: mesh.Snapshot, sites: Iterable[str]) -> str:
+    """What the snapshot lacks: sites without a device, links without a measurement; empty if nothing."""
     names = sorted(sites)
     ready = {site.name for site in snapshot.sites if site.devices}
     measured = {(link.source, link.target) for link in snapshot.links if link.measured and link.reachable}
-    absent = [name for name in names if name not in ready]
-    absent += [f"{a} -> {b}" for a in names for b in names if a != b and (a, b) not in measured]
-    return ", ".join(absent)
+    absent = [f"the devices of {name}" for name in names if name not in ready]
+    absent += [f"the link {a} -> {b}" for a in names for b in names if a != b and (a, b) not in measured]
+    return f"missing {', '.join(absent)}" if absent else ""
 
 
 def free_ports(count: int) -> list[int]:
