@@ -57,6 +57,8 @@ class Coordinator:
         self._on_change = on_change
         self._info: ModelInfo | None = None
         self._lost: dict[str, float] = {}
+        self._steps: dict[str, int] = {}
+        self._stepped_at = -math.inf
         self._suspects: trio.MemorySendChannel[tuple[str, str]] | None = None
         self._scope = trio.CancelScope()
 
@@ -121,6 +123,8 @@ class Coordinator:
                 if failures >= MAX_ATTEMPTS or not _worth_another_try(failure.error):
                     raise
                 loss = Loss(str(failure), await self._silent({failure.site}))
+            gone = f"without {', '.join(sorted(loss.sites))}" if loss.sites else "on the same sites"
+            logger.warning("job %s goes on %s: %s", self.job.id, gone, loss.reason)
             for site in loss.sites:
                 self._lost[site] = trio.current_time()
             self._update(state="recovering", recoveries=self.job.recoveries + 1)
@@ -204,9 +208,17 @@ class Coordinator:
         match event.WhichOneof("event"):
             case "token":
                 self.serving.accept(event.token)
+            case "alive":
+                self._note_steps(f"{site}/{event.device}", event.alive.steps)
             case "failure":
                 accused = event.failure.neighbour.split("/")[0] or site
                 self._suspect(accused, f"{site}/{event.device}: {event.failure.reason}")
+
+    def _note_steps(self, worker: str, steps: int) -> None:
+        """A worker's step counter that has moved is progress, also where no token comes of it yet (a long prefill)."""
+        if steps != self._steps.get(worker, 0):
+            self._steps[worker] = steps
+            self._stepped_at = trio.current_time()
 
     def _suspect(self, site: str, reason: str) -> None:
         if self._suspects is not None:
@@ -221,8 +233,8 @@ class Coordinator:
                 if now - heard[site] > SILENCE_S:
                     self._suspect(site, f"{site} was silent for {SILENCE_S:.0f} s")
             for request in self.serving.live:
-                if not request.finish_reason and now - request.progress_at > STALL_S:
-                    self._suspect("", f"no token for request {request.name} in {STALL_S:.0f} s")
+                if not request.finish_reason and now - max(request.progress_at, self._stepped_at) > STALL_S:
+                    self._suspect("", f"no token and no step for request {request.name} in {STALL_S:.0f} s")
 
     async def _silent(self, sites: set[str]) -> frozenset[str]:
         """Which of `sites` do not answer now. Those that left or are known dead count as silent without being asked."""
@@ -248,7 +260,7 @@ class Coordinator:
         """End the workers of `former` that `following` does not use. Best effort: a lease ends them anyway."""
         if former is None:
             return
-        kept = [shard for stage in following.stages for shard in stage.shards] if following else []
+        kept = following.shards if following else ()
 
         async def one(site: str) -> None:
             keep = [shard.device for shard in kept if shard.site == site]

@@ -130,6 +130,8 @@ class World:
         self.coordinator = None
         self.inspector_error = None
         self.stalled = False
+        self.stepping = False
+        self.first_token_s = 0.0
         nursery.start_soon(self._heartbeats)
 
     def snapshot(self):
@@ -156,12 +158,16 @@ class World:
             await trio.sleep(1)
             for peer in self.peers.values():
                 if not peer.silent:
-                    peer.report(peer_pb2.WorkerEvent(alive=peer_pb2.AliveEvent()))
+                    steps = int(trio.current_time()) if self.stepping else 0
+                    epoch = peer_pb2.Epoch(counter=self.coordinator.job.counter, owner="a")
+                    alive = peer_pb2.AliveEvent(steps=steps)
+                    peer.report(peer_pb2.WorkerEvent(device="cpu0", epoch=epoch, alive=alive))
 
     async def ring(self, request: peer_pb2.StartRequest):
         plan = self.coordinator.job.plan
         last = self.peers[plan.stages[-1].lead.site]
         position = len(request.tokens)
+        await trio.sleep(self.first_token_s)
         while position - request.prompt_tokens < request.max_tokens:
             await trio.sleep(STEP_S)
             while self.stalled:

@@ -7,7 +7,7 @@ import trio
 from job_fakes import World, token_at, write_tokenizer
 
 from mesh.errors import JobCancelled, JobFailed, ModelError, PlanError, RequestError, WorkerError
-from mesh.jobs.coordinator import Coordinator
+from mesh.jobs.coordinator import STALL_S, Coordinator
 from mesh.jobs.job import Job
 from mesh.wire.v1 import mesh_pb2, peer_pb2
 
@@ -111,6 +111,16 @@ async def test_a_ring_that_gives_no_token_is_set_up_anew(tmp_path, autojump_cloc
         with trio.fail_after(200):
             tokens, _, _ = await tokens_of(world, request(10), stall)
         assert tokens == expected(10)
+
+
+async def test_a_long_prefill_that_takes_steps_is_left_in_peace(tmp_path, autojump_clock):
+    async with running(tmp_path) as world:
+        world.first_token_s = 4 * STALL_S
+        world.stepping = True
+        with trio.fail_after(1000):
+            tokens, _, _ = await tokens_of(world, request(5))
+        assert tokens == expected(5)
+        assert world.coordinator.job.counter == 1
 
 
 async def test_reports_of_an_older_epoch_are_not_taken(tmp_path, autojump_clock):
