@@ -50,7 +50,7 @@ def _run(options: argparse.Namespace, document: dict[str, Any]) -> None:
         rows.append(_whole(options, document))
     if rows:
         say(f"\none stream, float32, one thread a device; prefill of {PROMPT_TOKENS} tokens, decode of {NEW_TOKENS}")
-        table(["plan", "prefill tokens/s", "decode tokens/s", "compute ms", "network ms", "waiting ms"], rows)
+        table(["plan", "prefill tokens/s", "decode tokens/s", "compute ms", "collectives ms", "waiting ms"], rows)
 
 
 def _peers(document: dict[str, Any]) -> None:
@@ -79,7 +79,7 @@ def _plans(options: argparse.Namespace, document: dict[str, Any]) -> list[list[s
             [found.plan, f"{found.ready_s:.1f} s", device, mebibytes(memory), mebibytes(planned)]
             for device, (memory, planned) in found.workers.items()
         ]
-        links += [[found.plan, link, f"{count:.0f}"] for link, count in found.bytes_per_token.items()]
+        links += [[found.plan, link, f"{count:.0f}"] for link, count in found.bytes_per_token.items() if count >= 1]
     table(["plan", "submit to ready", "worker", "memory", "of it planned"], parts)
     if links:
         say(f"emulated round trip between sites: {plans.RTT_MS:g} ms")

@@ -20,13 +20,13 @@ from simulations.processes import Fleet, SiteSpec, wait_converged
 
 #: Stated, so that nothing is calibrated: the plans are forced anyway.
 DEVICE = "cpu,threads=1,memory=1500MiB,flops=50e9,bandwidth=10e9"
-SITES = (SiteSpec("a", (DEVICE, DEVICE)), SiteSpec("b", (DEVICE,)), SiteSpec("c", (DEVICE,)))
+SITES = (SiteSpec("a", (DEVICE, DEVICE)), *(SiteSpec(name, (DEVICE,)) for name in ("b", "c", "d")))
 #: Emulated round trip between any two sites, in milliseconds.
 RTT_MS = 10.0
 PLANS: Mapping[str, Mapping[str, Any]] = {
     "one device": {"sites": ["b"], "shards": [1]},
     "two shards": {"sites": ["a"], "shards": [2]},
-    "three stages": {"sites": ["a", "b", "c"], "shards": [1, 1, 1]},
+    "three stages": {"sites": ["b", "c", "d"], "shards": [1, 1, 1]},
 }
 RUNS = 3
 TIMEOUT_S = 120.0
@@ -34,7 +34,9 @@ TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class PlanFigures:
-    """One plan. Milliseconds are of one token; `bytes_per_token` is by "sender -> receiver"; memory is by site.
+    """One plan. Milliseconds are of one token: computing, in collectives, and the rest, the way between stages.
+
+    `bytes_per_token` is by "sender -> receiver"; memory is by site.
 
     `workers` lists (resident bytes, bytes of the plan for the shard) by device.
     """

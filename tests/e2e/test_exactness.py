@@ -9,14 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from drills import PROMPTS, TOKENS, converged, needs, running, site
 
-#: Constraints that force a plan, and the KV heads and layers that come out: three sites, the first with three devices.
+#: Three sites of one device, one of two, one of three: a plan takes as few sites as fit, so each has what it is for.
+SITES = [site("a", count=3), site("b"), site("c"), site("d"), site("e", count=2)]
+#: Constraints that force a plan, and the KV heads that each shard of each stage then has.
 PLANS = {
     "one device": ({"sites": ["b"], "shards": [1]}, [[3]]),
-    "tensor parallel, 2 + 1 KV heads": ({"sites": ["a"], "shards": [2]}, [[2, 1]]),
+    "tensor parallel, 2 + 1 KV heads": ({"sites": ["e"], "shards": [2]}, [[2, 1]]),
     "tensor parallel over 3": ({"sites": ["a"], "shards": [3]}, [[1, 1, 1]]),
     "pipeline of 2": ({"sites": ["b", "c"], "shards": [1, 1]}, [[3], [3]]),
-    "pipeline of 3": ({"sites": ["a", "b", "c"], "shards": [1, 1, 1]}, [[3], [3], [3]]),
-    "tensor parallel stage, then a pipeline stage": ({"sites": ["a", "b"], "shards": [2, 1]}, [[2, 1], [3]]),
+    "pipeline of 3": ({"sites": ["b", "c", "d"], "shards": [1, 1, 1]}, [[3], [3], [3]]),
+    "tensor parallel stage, then a pipeline stage": ({"sites": ["b", "e"], "shards": [2, 1]}, [[2, 1], [3]]),
 }
 #: Three shards take turns on two cores; nobody waits longer than this for a token even there.
 IDLE_TIMEOUT_S = 60.0
@@ -31,7 +33,7 @@ def transport(request):
 
 @pytest.fixture(scope="module")
 def client(transport):
-    with converged([site("a", count=3), site("b"), site("c")], transport=transport) as (_, client):
+    with converged(SITES, transport=transport) as (_, client):
         yield client
 
 
@@ -47,8 +49,9 @@ def test_the_tokens_are_those_of_the_whole_model(client, transport, plan, model,
         pytest.skip("one device sends nothing, so it is run once")
     constraints, shape = PLANS[plan]
     with running(client, model, constraints) as job:
-        stages = job.plan.stages
-        widths = [[shard.kv_heads[1] - shard.kv_heads[0] for shard in stage.shards] for stage in stages]
+        made = job.plan
+        assert list(made.sites) == constraints["sites"]
+        widths = [[shard.kv_heads[1] - shard.kv_heads[0] for shard in stage.shards] for stage in made.stages]
         assert [sorted(width, reverse=True) for width in widths] == shape
 
         def generate(prompt):
