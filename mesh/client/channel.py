@@ -37,7 +37,8 @@ _CHANNEL_OPTIONS: list[tuple[str, Any]] = [
     ("grpc.use_local_subchannel_pool", 1),  # one client's back-off is not another's
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1000),
-    ("grpc.max_reconnect_backoff_ms", 2000),
+    # a peer that came back is planned on as soon as gossip says so; a longer back-off would call it lost again
+    ("grpc.max_reconnect_backoff_ms", 300),
 ]
 
 
