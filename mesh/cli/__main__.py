@@ -2,6 +2,6 @@
 
 import sys
 
-from mesh.cli.app import main
+from mesh.cli import main
 
 sys.exit(main())

@@ -130,7 +130,7 @@ def ended(process, timeout_s=COMMAND_S):
         process.kill()
         process.communicate()
         raise
-    assert "Traceback" not in err
+    assert "Traceback" not in err, err
     assert not group(process.pid), "a process of the command's group lives on"
     return process.returncode, out, err
 

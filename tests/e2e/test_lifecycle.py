@@ -217,6 +217,7 @@ def test_ctrl_c_ends_a_generation_with_130_and_its_request(mesh3, job):
 
 def test_ctrl_c_ends_a_submission_with_130_and_the_job_goes_on(mesh3, job):
     job.cancel()
+    eventually(lambda: not all_workers(mesh3.fleet), 15.0, "the end of the workers before")
     process = command("submit", mesh3.model, "-c", "shards=1,1,1", "--peer", mesh3.fleet.address("a"))
     eventually(lambda: all_workers(mesh3.fleet), COMMAND_S, "the first worker")
     process.send_signal(signal.SIGINT)
