@@ -113,8 +113,7 @@ class Coordinator:
             self._update(plan=plan, counter=self.job.counter + 1, loaded_bytes=0, total_bytes=0)
             if self.job.state == "planning":
                 self._update(state="loading")
-            if former is not None:
-                await self._release(former, plan)
+            await self._release(former, plan)
             try:
                 loss = await self._turn(plan)
                 failures = 0

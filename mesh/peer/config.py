@@ -23,6 +23,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, Pydanti
 
 from mesh.devices.spec import DeviceSpec, parse_specs
 from mesh.errors import ConfigError, IdentityRequired
+from mesh.gossip.config import join_address
 
 DEFAULT_LISTEN = "127.0.0.1:7700"
 ENV_PREFIX = "MESH_"
@@ -43,11 +44,6 @@ def split_address(text: str) -> tuple[str, int]:
     if not (port.isascii() and port.isdigit() and int(port) <= 65535):
         raise ValueError(f"port {port!r} is not a number from 0 to 65535; write HOST:PORT, such as {DEFAULT_LISTEN}")
     return bare, int(port)
-
-
-def join_address(host: str, port: int) -> str:
-    """The inverse of `split_address`: an IPv6 host goes in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def is_loopback(host: str) -> bool:

@@ -15,9 +15,9 @@ import trio
 
 from mesh.client.channel import CANCEL_S, Connection
 from mesh.errors import AddressInUse, JobNotFound, RequestError
+from mesh.gossip.config import join_address
 from mesh.jobs.ledger import Ledger
 from mesh.peer.bridge import Bridge, each
-from mesh.peer.config import join_address
 from mesh.peer.service import PeerService
 from mesh.peer.view import MeshView
 from mesh.wire.errors import abort

@@ -24,10 +24,11 @@ import trio
 from mesh.devices.local import LocalDevice, discover
 from mesh.errors import AddressInUse, ConfigError, MeshError
 from mesh.gossip import Gossip, GossipConfig, open_gossip
+from mesh.gossip.config import join_address
 from mesh.jobs.ledger import Ledger
 from mesh.jobs.model import SubprocessInspector
 from mesh.peer.bridge import Bridge
-from mesh.peer.config import PeerConfig, join_address, split_address
+from mesh.peer.config import PeerConfig, split_address
 from mesh.peer.control import MeshServicer, PeerServicer, serve
 from mesh.peer.datadir import DataDir
 from mesh.peer.http import build_app

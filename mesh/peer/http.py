@@ -21,7 +21,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from mesh.errors import AddressInUse, ConfigError
-from mesh.peer.config import join_address, split_address
+from mesh.gossip.config import join_address
+from mesh.peer.config import split_address
 from mesh.peer.metrics import Observer, build_registry
 
 _log = logging.getLogger("mesh.http")

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.errors import ConfigError, IdentityRequired
-from mesh.peer.config import default_site, is_loopback, join_address, load, split_address
+from mesh.gossip.config import join_address
+from mesh.peer.config import default_site, is_loopback, load, split_address
 
 
 def _toml(tmp_path: Path, text: str) -> Path:
