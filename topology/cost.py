@@ -6,13 +6,14 @@ A stage of n shards, with all-reduces after attention and after the MLP, takes f
 
 The two maxima stand apart because the all-reduce between them makes every shard wait for the slowest: a shard that got
 one KV-head group too many cannot make up for it with fewer MLP columns. `speed` is the roofline at a batch of one,
-min(memory bandwidth, FLOP/s * element bytes / 2). An all-reduce is a one-shot exchange: the slowest one-way latency in
-the island, plus n-1 vectors through the narrowest path. The KV cache is read at half of the planned context, its mean
-while it fills. Prefill is the roofline too, for `PREFILL_TOKENS` tokens.
+min(memory bandwidth, FLOP/s * bytes of a weight / 2). An all-reduce is a one-shot exchange: the slowest one-way latency
+in the island, plus n-1 vectors through the narrowest path. The KV cache is read at half of the planned context, its
+mean while it fills. Prefill is the roofline too, for `PREFILL_TOKENS` tokens.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -70,12 +71,12 @@ def width(span: tuple[int, int]) -> int:
 def attention_bytes(model: ModelSpec, groups: int) -> int:
     """Weight bytes of q, k, v and o of one layer for so many KV-head groups."""
     heads = groups * model.heads // model.kv_heads
-    return 2 * model.hidden * model.head_dim * (heads + groups) * model.element_bytes
+    return math.ceil(2 * model.hidden * model.head_dim * (heads + groups) * model.weight_bytes)
 
 
 def mlp_bytes(model: ModelSpec, columns: int) -> int:
     """Weight bytes of gate, up and down of one layer for so many columns."""
-    return 3 * model.hidden * columns * model.element_bytes
+    return math.ceil(3 * model.hidden * columns * model.weight_bytes)
 
 
 def kv_bytes(model: ModelSpec, groups: int, tokens: int) -> int:
@@ -123,7 +124,7 @@ def fit(
     if shares is None:
         return None
     kv_heads, columns, vocabulary = shares
-    norms = 2 * model.hidden * model.element_bytes
+    norms = 2 * model.row_bytes
     layer_bytes = tuple(
         attention_bytes(model, width(g)) + mlp_bytes(model, width(c)) + norms + kv_bytes(model, width(g), context)
         for g, c in zip(kv_heads, columns, strict=True)
@@ -142,7 +143,7 @@ def fit(
     cached = [kv_bytes(model, width(g), context) / 2 for g in kv_heads]
     attention_s = max((attention_bytes(model, width(kv_heads[i])) + cached[i]) / nodes[i].speed for i in ranks)
     mlp_s = max(mlp_bytes(model, width(columns[i])) / nodes[i].speed for i in ranks)
-    head_s = max(width(vocabulary[i]) * model.activation_bytes / nodes[i].speed for i in ranks) if last else 0.0
+    head_s = max(width(vocabulary[i]) * model.row_bytes / nodes[i].speed for i in ranks) if last else 0.0
     gather_s = worst.transfer_s(model.vocab * LOGIT_BYTES) if last and count > 1 else 0.0
     tokens = min(PREFILL_TOKENS, context)
     return Fit(
@@ -174,8 +175,8 @@ def ends_bytes(model: ModelSpec, rank: int, rows: int, *, first: bool, last: boo
     size = model.embedding_bytes if embeds else 0
     if last:
         if not (embeds and model.tied_embeddings):
-            size += rows * model.activation_bytes
-        size += model.activation_bytes + LOGIT_BYTES * (2 * model.vocab if rank == 0 else rows)
+            size += rows * model.row_bytes
+        size += model.row_bytes + LOGIT_BYTES * (2 * model.vocab if rank == 0 else rows)
     return size
 
 
@@ -230,5 +231,5 @@ def _prefill_s(model: ModelSpec, node: Node, groups: int, columns: int, tokens: 
     weights = attention_bytes(model, groups) + mlp_bytes(model, columns)
     heads = groups * model.heads // model.kv_heads
     # Scores and their product with the values, over the lower triangle: 2 * 2 * T^2/2 operations a head element.
-    operations = 2 * weights / model.element_bytes * tokens + 2 * tokens**2 * heads * model.head_dim
+    operations = 2 * weights / model.weight_bytes * tokens + 2 * tokens**2 * heads * model.head_dim
     return max(operations / node.flops, weights / node.speed)

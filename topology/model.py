@@ -1,12 +1,14 @@
 """What a planner must know about a model: its shape, and so its bytes and its arithmetic.
 
 Sizes follow the decoder-only transformer: per layer q, k, v, o and a gated MLP, plus embedding and head. A model whose
-real tensors differ (biases, norms, experts) carries the measured `layer_bytes` instead of the derived one.
+real tensors differ (biases, norms, experts) carries the measured `layer_bytes` instead of the derived one. Weights may
+be stored in fewer bytes than activations and the KV cache take: `bytes_per_parameter` tells the one, `dtype` the other.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+import math
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 #: Bytes of one element, by torch's dtype name.
@@ -15,7 +17,10 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """The shape of a decoder-only model. `dtype` is the one it will run in (a key of `DTYPE_BYTES`)."""
+    """The shape of a decoder-only model. `dtype` is the one it will run in (a key of `DTYPE_BYTES`).
+
+    `bytes_per_parameter` is what a stored weight takes, 0.5 for four bits; None: as many bytes as `dtype` has.
+    """
 
     name: str
     layers: int
@@ -28,11 +33,17 @@ class ModelSpec:
     tied_embeddings: bool
     dtype: str
     context: int
+    bytes_per_parameter: float | None = None
 
     @property
     def element_bytes(self) -> int:
-        """Bytes of one weight or activation element."""
+        """Bytes of one element of an activation or of the KV cache."""
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def weight_bytes(self) -> float:
+        """Bytes of one weight: less than `element_bytes` where the weights are quantised."""
+        return self.element_bytes if self.bytes_per_parameter is None else self.bytes_per_parameter
 
     @property
     def layer_parameters(self) -> int:
@@ -43,12 +54,17 @@ class ModelSpec:
     @property
     def layer_bytes(self) -> int:
         """Weight bytes of one whole layer."""
-        return self.layer_parameters * self.element_bytes
+        return math.ceil(self.layer_parameters * self.weight_bytes)
 
     @property
     def embedding_bytes(self) -> int:
         """Weight bytes of the token embedding, and of the head: both have the shape (vocab, hidden)."""
-        return self.vocab * self.hidden * self.element_bytes
+        return self.row_bytes * self.vocab
+
+    @property
+    def row_bytes(self) -> int:
+        """Weight bytes of one row of the embedding or of the head."""
+        return math.ceil(self.hidden * self.weight_bytes)
 
     def kv_bytes_per_token(self, layers: int) -> int:
         """KV-cache bytes of one token in `layers` layers, all KV heads."""
@@ -65,5 +81,5 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, document: dict[str, Any]) -> ModelSpec:
-        """Raises KeyError for a missing field; unknown fields are ignored."""
-        return cls(**{f.name: document[f.name] for f in fields(cls)})
+        """Raises KeyError for a missing field that has no default; unknown fields are ignored."""
+        return cls(**{f.name: document[f.name] for f in fields(cls) if f.name in document or f.default is MISSING})

@@ -14,7 +14,7 @@ from typing import Final
 
 from topology.constraints import Constraints, nearest
 from topology.errors import ConstraintError, TopologyError
-from topology.model import ModelSpec
+from topology.model import DTYPE_BYTES, ModelSpec
 from topology.snapshot import Device, Link, Site, Snapshot
 
 #: Bounds of what is believed: a minute of round trip, 10 TB/s of link, 1 EB of memory, 1 PB/s, 1 ZFLOP/s.
@@ -23,6 +23,8 @@ MAX_LINK_BANDWIDTH: Final = 1e13
 MAX_MEMORY_BYTES: Final = 2**60
 MAX_MEMORY_BANDWIDTH: Final = 1e15
 MAX_FLOPS: Final = 1e21
+#: A device busier than this is no device to plan with.
+MAX_LOAD: Final = 0.99
 
 #: Round trip of a pair nobody measured, where no pair was: about the longest between AWS regions (Frankfurt-Sydney,
 #: 282 ms; cloudping.co, January 2019). Where any pair was measured, the largest measured round trip is taken instead.
@@ -165,18 +167,34 @@ def _nodes(site: Site, model: ModelSpec, reserve: bool, notes: list[str]) -> tup
             continue
         flops = device.flops.get(model.dtype)
         if flops is None:
-            flops = min(device.flops.values())
-            notes.append(f"{site.name}/{device.name} has no measured {model.dtype} speed, its slowest dtype is assumed")
+            flops, instead = _derived(device, model.dtype)
+            notes.append(f"{site.name}/{device.name} has no measured {model.dtype} speed, {instead} is assumed")
         # At a batch of one a weight is read once for two operations: the roofline's lower branch is nearly always it.
-        speed = min(device.memory_bandwidth, flops * model.element_bytes / 2)
+        speed = min(device.memory_bandwidth, flops * model.weight_bytes / 2) * (1 - device.load)
         free = min(device.free_bytes, device.memory_bytes)
         kept = device.reserve * device.memory_bytes if reserve else 0.0
         usable = max(math.floor(free - kept), 0)
         if usable:
-            nodes.append(Node(site.name, device.name, speed, flops, usable))
+            nodes.append(Node(site.name, device.name, speed, flops * (1 - device.load), usable))
     if len({device.name for device in site.devices}) != len(site.devices):
         raise TopologyError(f"site {site.name} names a device twice: give its devices different names")
     return tuple(sorted(nodes, key=lambda node: node.rank))
+
+
+def _derived(device: Device, dtype: str) -> tuple[float, str]:
+    """FLOP/s for a dtype that was not measured, never more than plausible, and the words that say where it comes from.
+
+    The two dtypes of sixteen bits run alike but on CPUs, many of which have units for one of them only; a wider dtype
+    than the measured one takes as much longer as it is wider; a narrower one is not assumed to be faster, for a device
+    without hardware for it converts.
+    """
+    alike = {"float16": "bfloat16", "bfloat16": "float16"}.get(dtype, "")
+    if alike in device.flops and device.kind != "cpu":
+        return device.flops[alike], f"that of {alike}"
+    slowest = min(device.flops, key=lambda name: (device.flops[name], name))
+    factor = min(1.0, DTYPE_BYTES.get(slowest, 1) / DTYPE_BYTES[dtype])
+    share = "" if factor == 1 else f"{factor:g} times "
+    return device.flops[slowest] * factor, f"{share}that of {slowest}, its slowest dtype,"
 
 
 def _problem(device: Device) -> str:
@@ -189,6 +207,8 @@ def _problem(device: Device) -> str:
         return f"memory_bandwidth is {device.memory_bandwidth}"
     if not _within(device.reserve, 1.0, zero=True):
         return f"reserve is {device.reserve}"
+    if not _within(device.load, MAX_LOAD, zero=True):
+        return f"load is {device.load}"
     if not device.flops:
         return "no measured flops"
     for dtype, value in sorted(device.flops.items()):
@@ -233,13 +253,15 @@ def _paths(
             known = [sound[pair] for pair in pairs if pair in sound and (sound[pair].reachable or ignore_unreachable)]
             for source, target in pairs:
                 own = sound.get((source, target))
+                said = [own] if own and own.directed else known
                 bandwidth = own.bandwidth if own else min((k.bandwidth for k in known), default=UNMEASURED_BANDWIDTH)
-                paths[source, target] = _path(known, default_s, bandwidth, cut)
+                barred = cut if not (own and own.directed) else not own.reachable and not ignore_unreachable
+                paths[source, target] = _path(said, default_s, bandwidth, barred)
     return paths
 
 
 def _path(known: Iterable[Link], default_s: float, bandwidth: float, cut: bool) -> Path:
-    """The path of a pair from what both ends say of it.
+    """The path of a pair from what both ends say of it, or from the one word that counts where that is `directed`.
 
     A round trip is one number, however directed the reports are. The larger report is believed, so that no end can draw
     traffic to itself by claiming to be near. A measurement wins over an estimate.

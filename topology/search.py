@@ -233,7 +233,7 @@ class Search:
             return False
         blocks = [group for group in self._clusters if group <= names] + [frozenset([name]) for name in names]
         speed = max(sum(node.speed for name in group for node in self.picture.nodes[name]) for group in blocks)
-        bound_s = self.model.layers * (self.model.layer_bytes - 2 * self.model.activation_bytes) / speed
+        bound_s = self.model.layers * (self.model.layer_bytes - 2 * self.model.row_bytes) / speed
         if len(names) > 1 and not any(group <= names for group in self._clusters):
             bound_s += sum(min(self.picture.path(a, b).one_way_s for b in names if b != a) for a in names)
         return bound_s > best.token_s

@@ -15,6 +15,7 @@ class Device:
 
     `memory_bytes` is what jobs may use in all, `free_bytes` what is left of it now. `reserve` is the fraction of
     `memory_bytes` kept back so that the loss of another site can be absorbed; a plan uses it only if nothing else fits.
+    `price_per_hour` is in any currency, one for the whole mesh. `load`: the share of its time others take.
     """
 
     name: str
@@ -25,17 +26,23 @@ class Device:
     flops: dict[str, float] = field(hash=False)
     memory_bandwidth: float = 0.0
     reserve: float = 0.2
+    price_per_hour: float = 0.0
+    load: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A site with its devices. `local_rtt_s` and `local_bandwidth` (bytes/s) describe the link between its devices."""
+    """A site with its devices. `local_rtt_s` and `local_bandwidth` (bytes/s) describe the link between its devices.
+
+    `trusted` is False for a site that must not see what the user keeps to trusted sites.
+    """
 
     name: str
     region: str
     devices: tuple[Device, ...]
     local_rtt_s: float = 20e-6
     local_bandwidth: float = 2e9
+    trusted: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +50,8 @@ class Link:
     """A directed pair of sites. `rtt_s` is the minimum measured, `jitter_s` its spread, `bandwidth` bytes/s.
 
     `measured` is False where the RTT is an estimate; `reachable` is False where the pair cannot exchange traffic.
+    `directed`: the figures are of this direction alone, from a hand that knows both, and `rtt_s` is twice the one-way
+    latency. Otherwise they are one end's word on the pair, to be weighed against the other end's.
     """
 
     source: str
@@ -53,6 +62,7 @@ class Link:
     bandwidth: float = 125e6
     measured: bool = True
     reachable: bool = True
+    directed: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from meshes import SMOL, cpu, mesh, site
+from meshes import SMOL, cpu, gpu, mesh, site
 
 from topology import Constraints, Link, Snapshot, TopologyError
 from topology.picture import UNMEASURED_RTT_S, look
@@ -102,3 +102,39 @@ def test_a_snapshot_that_contradicts_itself_is_refused() -> None:
         look(Snapshot((site("a", cpu("x"), cpu("x")),), ()), SMOL, Constraints())
     with pytest.raises(TopologyError, match="listed twice"):
         look(Snapshot((site("a"),), (Link("a", "b", 0.1), Link("a", "b", 0.2))), SMOL, Constraints())
+
+
+def test_a_gpu_is_as_fast_in_either_dtype_of_sixteen_bits_and_slower_in_a_wider_one() -> None:
+    device = gpu()
+    pictures = {
+        dtype: look(Snapshot((site("a", device),), ()), replace(SMOL, dtype=dtype), Constraints())
+        for dtype in ("bfloat16", "float16")
+    }
+    assert pictures["bfloat16"].nodes["a"][0].flops == pictures["float16"].nodes["a"][0].flops == 600e12
+    assert "that of float16 is assumed" in pictures["bfloat16"].notes[0]
+    half = replace(device, flops={"float16": 600e12})
+    wide = look(Snapshot((site("a", half),), ()), SMOL, Constraints())
+    assert wide.nodes["a"][0].flops == 300e12
+
+
+def test_a_device_that_others_load_is_as_much_slower() -> None:
+    idle, busy = (look(Snapshot((site("a", cpu(load=load)),), ()), SMOL, Constraints()) for load in (0.0, 0.25))
+    assert busy.nodes["a"][0].speed == 0.75 * idle.nodes["a"][0].speed
+    assert "load is 1.0" in look(Snapshot((site("a", cpu(load=1.0)),), ()), SMOL, Constraints()).notes[0]
+
+
+def test_a_directed_link_counts_for_its_own_direction_alone() -> None:
+    there, back = Link("a", "b", 0.010, directed=True), Link("b", "a", 0.030, directed=True)
+    picture = look(Snapshot((site("a"), site("b")), (there, back)), SMOL, Constraints())
+    assert (picture.path("a", "b").one_way_s, picture.path("b", "a").one_way_s) == (0.005, 0.015)
+    cut = replace(back, reachable=False)
+    picture = look(Snapshot((site("a"), site("b")), (there, cut)), SMOL, Constraints())
+    assert picture.path("a", "b").reachable and not picture.path("b", "a").reachable
+
+
+def test_quantised_weights_take_fewer_bytes_than_activations() -> None:
+    half, four = replace(SMOL, dtype="bfloat16"), replace(SMOL, dtype="bfloat16", bytes_per_parameter=0.5)
+    assert four.layer_bytes * 4 == half.layer_bytes and four.embedding_bytes * 4 == half.embedding_bytes
+    assert four.activation_bytes == half.activation_bytes
+    assert four.kv_bytes_per_token(1) == half.kv_bytes_per_token(1)
+    assert type(four).from_dict(four.to_dict()) == four
