@@ -206,7 +206,7 @@ class VirtualNetwork:
     def _settle(self, node: Node) -> None:
         """After a core was called: send what it wants sent, note its events, set its alarm."""
         now = self.clock()
-        for address, data in node.core.datagrams():
+        for address, data in node.core.datagrams(now):
             self._send(node, address, data)
         for event in node.core.events():
             node.events.append((now, event))

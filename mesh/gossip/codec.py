@@ -2,16 +2,17 @@
 
     magic "ISTM" | version 1 byte | blake2b-64 of the cluster's name | sealed([sender, message, message, ...])
 
-The decoder is strict: every field has a type and bounds, nothing may be left over, and whatever is wrong with a
-datagram it raises `Malformed` (or `Foreign` for another cluster or version), never anything else. A later identity
-layer seals and signs by passing its own `Sealer`.
+Requests and answers over reliable streams look the same but for the seal, which the stream brings itself.
+
+The decoder is strict: every field has a type and bounds, nothing may be left over, and whatever is wrong with what
+arrived it raises `Malformed` or one of its subclasses (see `sealing`), never anything else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import msgpack
 
@@ -30,89 +31,96 @@ from mesh.gossip.messages import (
     SyncRequest,
     Taken,
 )
+from mesh.gossip.proof import MAX_PROOF_BYTES, RESERVED_PREFIX
+from mesh.gossip.sealing import Foreign, Forged, Malformed, Opened, Sealer, Unsealed
+
+__all__ = ["Codec", "Datagram", "Foreign", "Malformed", "Opened", "Sealer", "Unsealed", "pack_message", "pack_sender"]
 
 MAGIC = b"ISTM"
-VERSION = 1
+VERSION = 2
 FINGERPRINT_BYTES = 8
 #: msgpack's array 16; its length follows in two bytes.
 _LIST = b"\xdc"
 
 #: Messages in one datagram; the smallest takes 3 bytes, so an honest one never comes near.
 MAX_MESSAGES = 256
+#: The same in one request over a stream; the smallest that is of use there takes 40.
+MAX_STREAM_MESSAGES = 8192
 #: Indirect probes may not bind a helper for longer.
 MAX_BUDGET_MS = 30_000
 
 
-class Malformed(ValueError):
-    """Bytes that no honest peer sends."""
-
-
-class Foreign(Malformed):
-    """A datagram of another cluster, another version, or another program."""
-
-
-class Sealer(Protocol):
-    """Authenticates and hides the body of datagrams."""
-
-    overhead_bytes: int
-
-    def seal(self, header: bytes, body: bytes) -> bytes:
-        """The sealed body, at most `overhead_bytes` longer. `header` is authenticated with it."""
-        ...
-
-    def open(self, header: bytes, sealed: bytes) -> bytes:
-        """The inverse. Raises Malformed for anything that was not sealed by a member."""
-        ...
-
-
-class Unsealed:
-    """No protection: for loopback, until the mesh has identities."""
-
-    overhead_bytes = 0
-
-    def seal(self, header: bytes, body: bytes) -> bytes:
-        """The body as it is."""
-        return body
-
-    def open(self, header: bytes, sealed: bytes) -> bytes:
-        """The body as it is."""
-        return sealed
-
-
 class Datagram(NamedTuple):
-    """A decoded datagram."""
+    """What was in a datagram. `sender` is None where it was between the sealers; `reply` goes back to its source."""
 
-    sender: Sender
+    sender: Sender | None
     messages: list[Message]
+    reply: bytes | None = None
 
 
 class Codec:
-    """Encodes and decodes the datagrams of one cluster."""
+    """Encodes and decodes the datagrams and streams of one cluster."""
 
     def __init__(self, cluster: str, sealer: Sealer | None = None) -> None:
         """`cluster`: peers of another cluster's name are not heard."""
         self._sealer: Sealer = sealer or Unsealed()
         self._header = MAGIC + bytes([VERSION]) + blake2b(cluster.encode(), digest_size=8).digest()
-        self._fixed_bytes = len(self._header) + len(_LIST) + 2 + self._sealer.overhead_bytes
+        self._fixed_bytes = len(self._header) + len(_LIST) + 2
 
     def room_bytes(self, sender: bytes) -> int:
         """Bytes left for messages in a datagram that starts with the packed `sender`."""
-        return config.MAX_DATAGRAM_BYTES - self._fixed_bytes - len(sender)
+        return config.MAX_DATAGRAM_BYTES - self._fixed_bytes - self._sealer.overhead_bytes - len(sender)
 
-    def join(self, sender: bytes, messages: Sequence[bytes]) -> bytes:
-        """One datagram of a packed sender and packed messages; the caller sees to it that they fit."""
-        count = (len(messages) + 1).to_bytes(2)
-        return self._header + self._sealer.seal(self._header, b"".join([_LIST, count, sender, *messages]))
+    def stream_room_bytes(self, sender: bytes) -> int:
+        """The same in a request over a stream, or its answer."""
+        return config.MAX_STREAM_BYTES - self._fixed_bytes - len(sender)
 
-    def decode(self, data: bytes) -> Datagram:
-        """Raises Foreign or Malformed, nothing else."""
+    def join(
+        self, sender: bytes, messages: Sequence[bytes], *, address: str = "", site: str = "", now: float = 0.0
+    ) -> bytes:
+        """One datagram of a packed sender and packed messages, to `site` at `address`. They must fit."""
+        return self._header + self._sealer.seal(_body(sender, messages), address=address, site=site, now=now)
+
+    def join_stream(self, sender: bytes, messages: Sequence[bytes]) -> bytes:
+        """One request over a stream, or its answer. They must fit."""
+        return self._header + _body(sender, messages)
+
+    def decode(self, data: bytes, *, source: str = "", now: float = 0.0) -> Datagram:
+        """Take a datagram apart. Raises Malformed or one of its subclasses, nothing else."""
+        if len(data) > config.MAX_DATAGRAM_BYTES:
+            raise Malformed("datagram too large")
+        opened = self._sealer.open(self._behind_header(data), source=source, now=now)
+        reply = None if opened.reply is None else self._header + opened.reply
+        if not opened.body and reply is not None:
+            return Datagram(None, [], reply)
+        sender, messages = _parse(opened.body, MAX_MESSAGES)
+        if opened.site is not None and opened.site != sender.site:
+            raise Forged(f"{opened.site} speaks as {sender.site}")
+        return Datagram(sender, messages, reply)
+
+    def decode_stream(self, data: bytes, site: str | None = None) -> Datagram:
+        """Take a request over a stream apart, or its answer. `site` is who provably sent it. Raises like `decode`."""
+        if len(data) > config.MAX_STREAM_BYTES:
+            raise Malformed("stream too large")
+        sender, messages = _parse(self._behind_header(data), MAX_STREAM_MESSAGES)
+        if site is not None and site != sender.site:
+            raise Forged(f"{site} speaks as {sender.site}")
+        return Datagram(sender, messages)
+
+    def _behind_header(self, data: bytes) -> bytes:
         size = len(self._header)
         if data[:size] != self._header:
             raise Foreign("another magic, version or cluster")
-        if len(data) > config.MAX_DATAGRAM_BYTES:
-            raise Malformed("datagram too large")
-        objects = _objects(self._sealer.open(self._header, data[size:]))
-        return Datagram(_sender(objects[0]), [_message(item) for item in objects[1:]])
+        return data[size:]
+
+
+def _body(sender: bytes, messages: Sequence[bytes]) -> bytes:
+    return b"".join([_LIST, (len(messages) + 1).to_bytes(2), sender, *messages])
+
+
+def _parse(body: bytes, most: int) -> tuple[Sender, list[Message]]:
+    objects = _objects(body, most)
+    return _sender(objects[0]), [_message(item) for item in objects[1:]]
 
 
 def pack_sender(sender: Sender) -> bytes:
@@ -131,7 +139,7 @@ def _pack(value: Any) -> bytes:
 
 
 def _pack_claim(claim: Claim) -> list[Any]:
-    return [claim.site, claim.address, RANK[claim.state], claim.incarnation, claim.accuser]
+    return [claim.site, claim.address, RANK[claim.state], claim.incarnation, claim.accuser, claim.proof]
 
 
 _PACKERS: dict[type, Callable[[Any], bytes]] = {
@@ -151,15 +159,15 @@ def _refuse_extension(code: int, data: bytes) -> Any:
     raise Malformed(f"msgpack extension {code}")
 
 
-def _objects(body: bytes) -> list[Any]:
-    """The msgpack list that is `body`, all of it. Containers cannot claim more elements than a datagram may have."""
+def _objects(body: bytes, most: int) -> list[Any]:
+    """The msgpack list that is `body`, all of it. Containers cannot claim more elements than a body may have."""
     try:
         objects = msgpack.unpackb(
             body,
             raw=False,
             strict_map_key=True,
             ext_hook=_refuse_extension,
-            max_array_len=MAX_MESSAGES + 1,
+            max_array_len=most + 1,
             max_map_len=config.MAX_KEYS_PER_SITE,
             max_ext_len=0,
         )
@@ -185,9 +193,15 @@ def _number(value: Any, low: int, high: int) -> int:
 
 
 def _name(value: Any) -> str:
-    if not config.valid_name(value):
+    if not config.valid_name(value) or value.startswith(RESERVED_PREFIX):
         raise Malformed("not a name")
     return str(value)
+
+
+def _proof(value: Any) -> bytes:
+    if type(value) is not bytes or len(value) > MAX_PROOF_BYTES:
+        raise Malformed("not a proof")
+    return value
 
 
 def _key(value: Any) -> str:
@@ -215,16 +229,17 @@ def _sequence(value: Any) -> int:
 
 
 def _claim(fields: list[Any]) -> Claim:
-    site, address, rank, incarnation, accuser = fields
+    site, address, rank, incarnation, accuser, proof = fields
     state = STATES[_number(rank, 0, len(STATES) - 1)]
-    return Claim(_name(site), _address(address), state, _counter(incarnation), _optional_name(accuser))
+    who = _name(site), _address(address)
+    return Claim(*who, state, _counter(incarnation), _optional_name(accuser), _proof(proof))
 
 
 def _sender(item: Any) -> Sender:
-    site, address, incarnation, left, fingerprint = _fields(item, 5)
+    site, address, incarnation, left, fingerprint, proof = _fields(item, 6)
     if type(left) is not bool or type(fingerprint) is not bytes or len(fingerprint) != FINGERPRINT_BYTES:
         raise Malformed("bad sender")
-    return Sender(_name(site), _address(address), _counter(incarnation), left, fingerprint)
+    return Sender(_name(site), _address(address), _counter(incarnation), left, fingerprint, _proof(proof))
 
 
 def _ping(item: list[Any]) -> Message:
@@ -246,12 +261,12 @@ def _ping_request(item: list[Any]) -> Message:
 
 
 def _rumour(item: list[Any]) -> Message:
-    return Rumour(_claim(_fields(item, 6)[1:]))
+    return Rumour(_claim(_fields(item, 7)[1:]))
 
 
 def _digest(item: list[Any]) -> Message:
-    fields = _fields(item, 8)
-    claim, generation, versions = _claim(fields[1:6]), _number(fields[6], 0, config.MAX_COUNTER), fields[7]
+    fields = _fields(item, 9)
+    claim, generation, versions = _claim(fields[1:7]), _number(fields[7], 0, config.MAX_COUNTER), fields[8]
     if claim.state not in (ALIVE, SUSPECT) or type(versions) is not dict:
         raise Malformed("bad digest")
     return Digest(claim, generation, {_key(key): _counter(version) for key, version in versions.items()})

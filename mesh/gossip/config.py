@@ -14,7 +14,9 @@ T = TypeVar("T")
 #: Largest datagram sent or accepted: what crosses 1500-byte paths with room for tunnels (memberlist's choice too).
 MAX_DATAGRAM_BYTES = 1400
 #: Bytes of a value in one datagram, beside the longest names and addresses allowed.
-PAGE_BYTES = 900
+PAGE_BYTES = 750
+#: A request over a reliable stream, and its answer.
+MAX_STREAM_BYTES = 256 * 1024
 MAX_NAME_BYTES = 64
 MAX_KEY_BYTES = 32
 MAX_ADDRESS_BYTES = 128
@@ -146,8 +148,10 @@ class GossipConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seeds", tuple(self.seeds))
-        if not valid_name(self.site):
-            raise ConfigError(f"site {self.site!r}: use 1 to {MAX_NAME_BYTES} printable characters without spaces")
+        if not valid_name(self.site) or self.site.startswith("@"):
+            raise ConfigError(
+                f"site {self.site!r}: use 1 to {MAX_NAME_BYTES} printable characters, no space, no @ first"
+            )
         if not 0 < self.incarnation < 2**32:
             raise ConfigError(f"incarnation {self.incarnation}: must be between 1 and 2**32 - 1")
         try:

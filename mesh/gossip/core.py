@@ -7,7 +7,9 @@ answers with what is newer and with its own digests, we answer those. In the ste
 What is new (a claim, an entry of our own) does not wait for that: it is pushed to a few members at once.
 
     core.start(now); loop: core.receive(data, source, now) | core.handle_timer(now at core.next_timer())
-    after each call: send core.datagrams(), hand out core.events()
+    after each call: send core.datagrams(now), carry out core.streams(), hand out core.events()
+
+A stream is one request and one answer over something reliable: `streams` are ours, `serve_stream` answers another's.
 """
 
 from __future__ import annotations
@@ -20,10 +22,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import msgpack
 
-from mesh.gossip.codec import FINGERPRINT_BYTES, Codec, Foreign, Malformed, Sealer, pack_message, pack_sender
-from mesh.gossip.config import GossipConfig
+from mesh.gossip.codec import FINGERPRINT_BYTES, MAX_STREAM_MESSAGES, Codec, pack_message, pack_sender
+from mesh.gossip.config import MAX_MEMBERS, GossipConfig
 from mesh.gossip.links import Links
-from mesh.gossip.members import ALIVE, Member
+from mesh.gossip.members import ALIVE, LEFT, Claim, Member
 from mesh.gossip.messages import (
     Ack,
     Digest,
@@ -37,7 +39,9 @@ from mesh.gossip.messages import (
     SyncRequest,
     Taken,
 )
+from mesh.gossip.proof import Proofs, Prover, Unproven
 from mesh.gossip.rtt import Rtt
+from mesh.gossip.sealing import Forged, Malformed, Sealer
 from mesh.gossip.state import State
 from mesh.gossip.swim import Swim
 from mesh.gossip.timers import Timer, Timers
@@ -48,6 +52,10 @@ MAX_SYNC_PAGES = 64
 MAX_SYNC_GAP_S = 5.0
 #: Least time between two exchanges that we start, per member.
 SYNC_PACE_S = 0.005
+#: Streams under way at most; the rest counts as failed at once.
+MAX_STREAMS = 64
+#: Addresses whose site is remembered.
+MAX_PLACES = 4 * MAX_MEMBERS
 #: The entry that tells the mesh what this peer's probes measure.
 LINKS = "links"
 
@@ -73,6 +81,15 @@ class Datagram(NamedTuple):
     data: bytes
 
 
+class StreamRequest(NamedTuple):
+    """Bytes to be asked of `site` at "host:port" over a reliable stream; the answer belongs to `token`."""
+
+    address: str
+    site: str
+    data: bytes
+    token: int
+
+
 class _Sync(NamedTuple):
     """The last exchange with a peer: when, the fingerprints that differed (theirs, ours), how often in a row."""
 
@@ -84,8 +101,19 @@ class _Sync(NamedTuple):
 class GossipCore:
     """See the module. Not thread safe; every method takes the time in seconds of one monotonic clock."""
 
-    def __init__(self, config: GossipConfig, address: str | None = None, sealer: Sealer | None = None) -> None:
-        """`address` is the one really bound, where it differs from the configured one."""
+    def __init__(
+        self,
+        config: GossipConfig,
+        address: str | None = None,
+        sealer: Sealer | None = None,
+        prover: Prover | None = None,
+        *,
+        streaming: bool = False,
+    ) -> None:
+        """`address` is the one really bound, where it differs from the configured one.
+
+        `streaming`: whoever runs this core carries out its `streams`. Otherwise it has datagrams only.
+        """
         self.site = config.site
         self.address = config.advertise or address or config.address
         self.counters: Counter[str] = Counter()
@@ -93,6 +121,13 @@ class GossipCore:
         self._rng = config.rng
         self._seeds = tuple(config.seeds)
         self._codec = Codec(config.cluster, sealer)
+        self._proofs = Proofs(config.cluster, prover or Unproven())
+        self._places: dict[str, str] = {}
+        self._replies: list[Datagram] = []
+        self._asking: list[StreamRequest] = []
+        self._asked: dict[int, StreamRequest] = {}
+        self._tokens = 0
+        self._streaming = streaming
         self._timers = Timers(stall_s=self._t.stall_s, grace_s=self._t.grace_s)
         self._state = State(config.site, config.incarnation)
         self._events: list[Event] = []
@@ -104,6 +139,7 @@ class GossipCore:
         self._synced_s = -math.inf
         self._links = Links()
         self._budget = 0
+        self._touches = 0
         self._fingerprint: tuple[tuple[int, int], bytes] = ((-1, -1), b"")
         self._swim = Swim(
             config,
@@ -113,6 +149,8 @@ class GossipCore:
             emit=self._membership_changed,
             pack=pack_message,
             gone=self._forget,
+            touched=self._touched,
+            prove=self._proofs.prove,
         )
 
     # ---------------------------------------------------------------- driving
@@ -126,13 +164,22 @@ class GossipCore:
         """Take a datagram from "host:port". Whatever is wrong with it is counted in `counters`; nothing is raised."""
         self.counters["received"] += 1
         try:
-            sender, messages = self._codec.decode(data)
-        except Foreign:
-            self.counters["foreign"] += 1
+            datagram = self._codec.decode(data, source=source, now=now)
+            if datagram.reply is not None:
+                self._replies.append(Datagram(source, datagram.reply))
+            if datagram.sender is not None:
+                self._hear(datagram.sender, datagram.messages, source, now)
+        except Malformed as error:
+            self.counters[error.counter] += 1
             return
-        except Malformed:
-            self.counters["malformed"] += 1
-            return
+        self._push_soon(now)
+
+    def _hear(self, sender: Sender, messages: list[Message], source: str, now: float) -> None:
+        """Take what a datagram or a stream held. Raises Forged for a head that its site did not sign."""
+        state = LEFT if sender.left else ALIVE
+        if not self._proofs.holds(Claim(sender.site, sender.address, state, sender.incarnation, proof=sender.proof)):
+            raise Forged(f"{sender.site} did not say so")
+        self._note_place(source, sender.site)
         self._budget = MAX_SYNC_PAGES
         if self._swim.hear(sender, source, now):
             for message in messages:
@@ -145,7 +192,13 @@ class GossipCore:
                     self._swim.taken(sender, message, now)
                 elif type(message) is Ping and sender.site == self.site:
                     self._swim.namesake(sender, source)
-        self._push_soon(now)
+
+    def _note_place(self, address: str, site: str) -> None:
+        """Remember who is where, for the sealer."""
+        if self._places.get(address) != site:
+            if len(self._places) >= MAX_PLACES:
+                self._places.clear()
+            self._places[address] = site
 
     def next_timer(self) -> float | None:
         """When `handle_timer` wants to be called, or None."""
@@ -157,37 +210,109 @@ class GossipCore:
             self.counters["stalls"] += 1
         self._push_soon(now)
 
-    def datagrams(self) -> list[Datagram]:
+    def datagrams(self, now: float) -> list[Datagram]:
         """What is to be sent now. Messages to one address share datagrams; claims that still travel fill them up."""
-        if not self._outbox:
+        if not self._outbox and not self._replies:
             return []
         outbox, self._outbox = self._outbox, {}
+        sent, self._replies = self._replies, []
         if self._swim.silent:
             return []
-        own = self._swim.own_claim()
-        sender = pack_sender(Sender(self.site, self.address, own.incarnation, self._swim.left, self._print()))
+        sender = self._head()
         room = self._codec.room_bytes(sender)
-        sent: list[Datagram] = []
+
+        def send(address: str, load: list[bytes]) -> None:
+            site = self._places.get(address, "")
+            sent.append(Datagram(address, self._codec.join(sender, load, address=address, site=site, now=now)))
+
         for address, messages in outbox.items():
             load: list[bytes] = []
             left = room
             for message in messages:
                 if len(message) > left and load:
-                    sent.append(Datagram(address, self._codec.join(sender, load)))
+                    send(address, load)
                     load, left = [], room
                 load.append(message)
                 left -= len(message)
             load += self._swim.rumours.take(left)
             if load:
-                sent.append(Datagram(address, self._codec.join(sender, load)))
+                send(address, load)
         self.counters["sent"] += len(sent)
         self.counters["sent_bytes"] += sum(len(datagram.data) for datagram in sent)
         return sent
+
+    def _head(self) -> bytes:
+        own = self._swim.own_claim()
+        return pack_sender(Sender(self.site, self.address, own.incarnation, self._swim.left, self._print(), own.proof))
 
     def events(self) -> list[Event]:
         """What changed since the last call."""
         events, self._events = self._events, []
         return events
+
+    # ---------------------------------------------------------------- streams
+
+    def streams(self) -> list[StreamRequest]:
+        """Requests to be made over reliable streams; give each answer, or its failure, to `stream_answered`."""
+        asking, self._asking = self._asking, []
+        return asking
+
+    def serve_stream(self, data: bytes, source: str, now: float, site: str | None = None) -> bytes:
+        """The answer to another's request. `source` is where it came from, `site` who provably asks (None: nobody did).
+
+        Raises Malformed or one of its subclasses, after counting it.
+        """
+        self.counters["streams_served"] += 1
+        try:
+            request = self._codec.decode_stream(data, site)
+            assert request.sender is not None
+            # What is queued for the asker from here on is the answer; what others are sent meanwhile goes its own way.
+            outbox, self._outbox = self._outbox, {}
+            try:
+                self._hear(request.sender, request.messages, request.sender.address, now)
+            finally:
+                answers = self._outbox.pop(request.sender.address, [])
+                for address, messages in self._outbox.items():
+                    outbox.setdefault(address, []).extend(messages)
+                self._outbox = outbox
+        except Malformed as error:
+            self.counters[error.counter] += 1
+            raise
+        self._push_soon(now)
+        sender = self._head()
+        return self._codec.join_stream(sender, _fitting(answers, self._codec.stream_room_bytes(sender)))
+
+    def stream_answered(self, token: int, data: bytes | None, now: float) -> None:
+        """The answer to one of our requests; None if there was none. Wrong answers are counted, nothing is raised."""
+        asked = self._asked.pop(token, None)
+        if asked is None:
+            return
+        if data is None:
+            self.counters["streams_failed"] += 1
+            return
+        try:
+            answer = self._codec.decode_stream(data)
+            assert answer.sender is not None
+            if asked.site not in ("", answer.sender.site):
+                raise Forged(f"{answer.sender.site} answers for {asked.site}")
+            self._hear(answer.sender, answer.messages, asked.address, now)
+        except Malformed as error:
+            self.counters[error.counter] += 1
+            return
+        self._push_soon(now)
+
+    def ask(self, address: str, site: str, messages: Iterable[Message]) -> bool:
+        """Queue a request over a stream. False if there are none, or too many under way."""
+        if not self._streaming or len(self._asked) >= MAX_STREAMS or self._swim.silent:
+            return False
+        self._tokens += 1
+        sender = self._head()
+        load = _fitting([pack_message(message) for message in messages], self._codec.stream_room_bytes(sender))
+        request = StreamRequest(address, site, self._codec.join_stream(sender, load), self._tokens)
+        self._asked[request.token] = request
+        self._asking.append(request)
+        self.counters["streams_asked"] += 1
+        return True
 
     # ---------------------------------------------------------------- asking and telling
 
@@ -254,14 +379,15 @@ class GossipCore:
         self._swim.ping_request(source, message, now)
 
     def _on_rumour(self, sender: Sender, source: str, message: Rumour, now: float) -> None:
-        self._swim.consider(message.claim, now)
+        self._consider(message.claim, now)
 
     def _on_taken(self, sender: Sender, source: str, message: Taken, now: float) -> None:
         self._swim.taken(sender, message, now)
 
     def _on_digest(self, sender: Sender, source: str, message: Digest, now: float) -> None:
         claim = message.claim
-        self._swim.consider(claim, now)
+        if not self._consider(claim, now):
+            return
         if claim.site == self.site:
             if self._state.defend(message.generation, message.versions):
                 for key in self._state.keys(self.site):
@@ -306,11 +432,20 @@ class GossipCore:
         Taken: _on_taken,
     }
 
+    def _consider(self, claim: Claim, now: float) -> bool:
+        """Let membership weigh a claim, if its subject once said what it rests on."""
+        if not self._proofs.holds(claim):
+            self.counters[Forged.counter] += 1
+            return False
+        self._note_place(claim.address, claim.site)
+        self._swim.consider(claim, now)
+        return True
+
     # ---------------------------------------------------------------- anti-entropy
 
     def _print(self) -> bytes:
         """A digest of all that live members should agree on. Suspicion is left out: it is not lasting knowledge."""
-        known_at = (self._swim.changes, self._state.changes)
+        known_at = (self._touches, self._state.changes)
         if self._fingerprint[0] != known_at:
             own = self._swim.own_claim()
             live = [(own.site, own.incarnation)] + [(peer.site, peer.incarnation) for peer in self._swim.live()]
@@ -341,7 +476,8 @@ class GossipCore:
         self._queue(source, SyncRequest())
 
     def _send_digests(self, address: str) -> None:
-        claims = [self._swim.own_claim()._replace(state=ALIVE)] + [peer.claim() for peer in self._swim.live()]
+        own = [] if self._swim.left else [self._swim.own_claim()]
+        claims = own + [peer.claim() for peer in self._swim.live()]
         for claim in claims:
             owner = self._state.owner(claim.site)
             self._queue(address, Digest(claim, owner.generation, owner.versions()))
@@ -381,6 +517,9 @@ class GossipCore:
 
     # ---------------------------------------------------------------- membership
 
+    def _touched(self, site: str) -> None:
+        self._touches += 1
+
     def _membership_changed(self, kind: str, site: str) -> None:
         self._events.append(Event(kind, site))
 
@@ -395,3 +534,14 @@ class GossipCore:
         if links is not None and self._state.publish(LINKS, links):
             self._spread(self.site, LINKS)
             self._events.append(Event("updated", self.site, LINKS))
+
+
+def _fitting(packed: list[bytes], room_bytes: int) -> list[bytes]:
+    """As many of the first messages as go into one stream."""
+    fitting: list[bytes] = []
+    for message in packed[:MAX_STREAM_MESSAGES]:
+        room_bytes -= len(message)
+        if room_bytes < 0:
+            break
+        fitting.append(message)
+    return fitting

@@ -26,13 +26,17 @@ class Member:
 
 
 class Claim(NamedTuple):
-    """Somebody says that a site is in a state. `accuser` names who found a suspect silent, else it is empty."""
+    """Somebody says that a site is in a state. `accuser` names who found a suspect silent, else it is empty.
+
+    `proof` is the site's own word for its farewell, or that it lived at this incarnation and address (see `proof`).
+    """
 
     site: str
     address: str
     state: str
     incarnation: int
     accuser: str = ""
+    proof: bytes = b""
 
     def beats(self, other: Claim) -> bool:
         """Whether this claim replaces `other`: higher incarnation first, graver state second. A total order."""
@@ -57,6 +61,7 @@ class Peer:
     address: str
     state: str
     incarnation: int
+    proof: bytes = b""
     rtt: RttWindow = field(default_factory=RttWindow)
     probe: Probe | None = None
     suspicion: Suspicion | None = None
@@ -74,7 +79,7 @@ class Peer:
 
     def claim(self, accuser: str = "") -> Claim:
         """What we say about this peer."""
-        return Claim(self.site, self.address, self.state, self.incarnation, accuser)
+        return Claim(self.site, self.address, self.state, self.incarnation, accuser, self.proof)
 
     def member(self) -> Member:
         """What a caller sees."""

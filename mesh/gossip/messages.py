@@ -15,6 +15,7 @@ class Sender(NamedTuple):
     incarnation: int
     left: bool
     fingerprint: bytes
+    proof: bytes = b""
 
 
 class Ping(NamedTuple):

@@ -13,18 +13,19 @@ import math
 import os
 import socket
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import trio
 
 from mesh.errors import AddressInUse, ConfigError
-from mesh.gossip.codec import Sealer
 from mesh.gossip.config import MAX_DATAGRAM_BYTES, GossipConfig, join_address, split_address, valid_address
-from mesh.gossip.core import Event, GossipCore
+from mesh.gossip.core import Event, GossipCore, StreamRequest
 from mesh.gossip.members import Member
+from mesh.gossip.proof import Prover
 from mesh.gossip.rtt import Rtt
+from mesh.gossip.sealing import REFUSALS, Sealer
 
 __all__ = ["Event", "Gossip", "GossipConfig", "Member", "Rtt", "SiteNameTaken", "open_gossip"]
 
@@ -36,6 +37,12 @@ RESOLVED_S = 30.0
 RESOLVE_TIMEOUT_S = 5.0
 #: Datagrams read in a row before other tasks get their turn.
 READ_BURST = 64
+#: Streams of ours under way at once, and how long one may take: 256 KiB over a slow path.
+STREAMS_AT_ONCE = 8
+STREAM_TIMEOUT_S = 10.0
+
+#: Carries one request to (address, site) over an authenticated stream and gives the answer. Any exception means none.
+Exchange = Callable[[str, str, bytes], Awaitable[bytes]]
 
 
 class SiteNameTaken(ConfigError):
@@ -45,9 +52,11 @@ class SiteNameTaken(ConfigError):
 class Gossip:
     """A running gossip peer; see `open_gossip`. Use from trio's thread only."""
 
-    def __init__(self, config: GossipConfig, sock: socket.socket, address: str, sealer: Sealer | None) -> None:
+    def __init__(self, config: GossipConfig, sock: socket.socket, core: GossipCore, exchange: Exchange | None) -> None:
         """Made by `open_gossip`."""
-        self._core = GossipCore(config, address, sealer)
+        self._core = core
+        self._exchange = exchange
+        self._streams = trio.CapacityLimiter(STREAMS_AT_ONCE)
         self._clock = config.clock or trio.current_time
         self._sock = sock
         self._family = sock.family
@@ -86,13 +95,16 @@ class Gossip:
         return self._core.rtts()
 
     def counters(self) -> Mapping[str, int]:
-        """For metrics: sent, sent_bytes, received, malformed, foreign, syncs, stalls, send_errors, unresolved."""
-        return Counter(self._core.counters) + self._errors
+        """For metrics, all that were counted: sent, sent_bytes, received, syncs, stalls, send_errors, unresolved,
+        streams_asked, streams_served, streams_failed; and what was refused: malformed, foreign, forged, replayed,
+        revoked, skewed, stale (these are always there).
+        """
+        return {**dict.fromkeys(REFUSALS, 0), **self._core.counters, **self._errors}
 
     @property
     def dropped(self) -> int:
-        """Datagrams that arrived and were not gossip of this mesh."""
-        return self._core.counters["malformed"] + self._core.counters["foreign"]
+        """What arrived and was refused: noise, strangers, forgeries, replays."""
+        return sum(self._core.counters[kind] for kind in REFUSALS)
 
     # ---------------------------------------------------------------- telling
 
@@ -103,6 +115,15 @@ class Gossip:
         """
         self._core.publish(key, value, self._clock())
         self._pump()
+
+    def serve_stream(self, data: bytes, source: str, site: str | None = None) -> bytes:
+        """Answer another peer's request over a stream. `site` is who provably asks, None where nobody proves it.
+
+        Raises Malformed for what no honest peer of this mesh asks.
+        """
+        answer = self._core.serve_stream(data, source, self._clock(), site)
+        self._pump()
+        return answer
 
     def join(self, addresses: Iterable[str]) -> None:
         """Call these "host:port" until somebody answers, with back-off, and again whenever they are lost.
@@ -191,13 +212,16 @@ class Gossip:
     def _pump(self) -> None:
         """After the core was called: send, report, and set the alarm."""
         now = self._clock()
-        for address, data in self._core.datagrams():
+        for address, data in self._core.datagrams(now):
             delay_s = self._delays.get(address, 0.0)
             if delay_s > 0.0:
                 self._count += 1
                 heapq.heappush(self._delayed, (now + delay_s, self._count, address, data))
             else:
                 self._send(address, data)
+        for request in self._core.streams():
+            if self._nursery is not None:
+                self._nursery.start_soon(self._stream, request)
         for event in self._core.events():
             for send in list(self._subscribers):
                 if event.kind != "updated" or send.statistics().current_buffer_used < EVENTS_BEHIND:
@@ -221,6 +245,19 @@ class Gossip:
         while self._delayed and self._delayed[0][0] <= now:
             _, _, address, data = heapq.heappop(self._delayed)
             self._send(address, data)
+
+    async def _stream(self, request: StreamRequest) -> None:
+        """Carry out one request of the core's, within its time."""
+        answer: bytes | None = None
+        if self._exchange is not None:
+            with trio.move_on_after(STREAM_TIMEOUT_S):
+                async with self._streams:
+                    try:
+                        answer = bytes(await self._exchange(request.address, request.site, request.data))
+                    except Exception:  # whatever the carrier raises, to us it means that nobody answered
+                        self._errors["stream_errors"] += 1
+        self._core.stream_answered(request.token, answer, self._clock())
+        self._pump()
 
     # ---------------------------------------------------------------- addresses
 
@@ -277,11 +314,15 @@ async def open_gossip(
     *,
     sock: socket.socket | trio.socket.SocketType | None = None,
     sealer: Sealer | None = None,
+    prover: Prover | None = None,
+    exchange: Exchange | None = None,
 ) -> AsyncIterator[Gossip]:
     """Run a gossip peer as long as the block lasts.
 
     `sock` is an already bound UDP socket (trio's or the standard library's; a duplicate is used, the caller keeps and
-    closes the original); without it one is bound to `config.address`. `sealer` protects the datagrams.
+    closes the original); without it one is bound to `config.address`. `sealer` protects the datagrams, `prover` signs
+    what this site says and checks what others say. `exchange(address, site, request)` carries a request over a stream
+    and gives the answer; without it everything goes over datagrams.
 
     Leaving the block is a crash as far as the others are concerned; call `leave` first to say farewell.
     Raises AddressInUse if the port is taken, ConfigError if the address cannot be listened on.
@@ -289,7 +330,8 @@ async def open_gossip(
     own = _bind(config.address) if sock is None else socket.socket(fileno=os.dup(sock.fileno()))
     own.setblocking(False)
     name = own.getsockname()
-    gossip = Gossip(config, own, join_address(name[0], name[1]), sealer)
+    core = GossipCore(config, join_address(name[0], name[1]), sealer, prover, streaming=exchange is not None)
+    gossip = Gossip(config, own, core, exchange)
     raised: BaseException | None = None
     try:
         async with trio.open_nursery() as nursery:

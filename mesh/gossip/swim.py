@@ -77,8 +77,13 @@ class Swim:
         emit: Callable[[str, str], None],
         pack: Callable[[Message], bytes],
         gone: Callable[[str], None],
+        touched: Callable[[str], None],
+        prove: Callable[[Claim], Claim],
     ) -> None:
-        """`send(address, message)` queues; `emit(kind, site)` tells the user; `gone(site)` follows a reaped member."""
+        """`send(address, message)` queues; `emit(kind, site)` tells the user; `gone(site)` follows a reaped member.
+
+        `touched(site)` follows every change of who lives at which incarnation; `prove` signs our own claim.
+        """
         self.site = settings.site
         self.address = address
         self.incarnation = settings.incarnation
@@ -86,7 +91,6 @@ class Swim:
         self.taken_by: str | None = None
         self.contacted = False
         self.health = 0
-        self.changes = 0
         self.rumours = Rumours()
         self.peers: dict[str, Peer] = {}
         self._t = settings.timing
@@ -96,6 +100,8 @@ class Swim:
         self._emit = emit
         self._pack = pack
         self._gone = gone
+        self._touched = touched
+        self._prove = prove
         self._order: list[str] = []
         self._last_target = ""
         self._waiting: dict[int, Waiting] = {}
@@ -124,7 +130,7 @@ class Swim:
         """Say farewell to every live member, again and again until each has answered (`farewells` empties)."""
         if not self.left:
             self.left = True
-            self.changes += 1
+            self._touched(self.site)
             self._farewells = {peer.site for peer in self.live()}
             self._farewell(now)
 
@@ -144,7 +150,7 @@ class Swim:
 
     def own_claim(self) -> Claim:
         """What we say of ourselves."""
-        return Claim(self.site, self.address, LEFT if self.left else ALIVE, self.incarnation)
+        return self._prove(Claim(self.site, self.address, LEFT if self.left else ALIVE, self.incarnation))
 
     def members(self) -> tuple[Member, ...]:
         """Everybody known, ourselves included, sorted by name."""
@@ -164,7 +170,8 @@ class Swim:
                 self._seeds.pop(source, None)  # we are among our own seeds
             return False
         peer = self.peers.get(sender.site)
-        claim = Claim(sender.site, sender.address, LEFT if sender.left else ALIVE, sender.incarnation)
+        state = LEFT if sender.left else ALIVE
+        claim = Claim(sender.site, sender.address, state, sender.incarnation, proof=sender.proof)
         if peer is not None and peer.address != sender.address and peer.live:
             self._contest(peer, source, now)
             return False
@@ -277,14 +284,14 @@ class Swim:
                 self.health = min(MAX_HEALTH, self.health + 1)  # we were too slow to answer
         # Elsewhere it is said of a process that had our name before us, with a counter that we have to pass.
         self.incarnation = claim.incarnation + 1
-        self.changes += 1
+        self._touched(self.site)
         if now - self._refuted_s >= REFUTE_GAP_S:
             self._refuted_s = now
             self._tell(self.own_claim())
 
     def _welcome(self, claim: Claim, now: float) -> None:
-        self.changes += 1
-        peer = self.peers[claim.site] = Peer(claim.site, claim.address, ALIVE, claim.incarnation)
+        peer = self.peers[claim.site] = Peer(claim.site, claim.address, ALIVE, claim.incarnation, claim.proof)
+        self._touched(claim.site)
         self._enlist(peer, now)
         if claim.state == SUSPECT:
             self._change(peer, claim, now)
@@ -301,11 +308,12 @@ class Swim:
         self._greet(peer, now)
 
     def _change(self, peer: Peer, claim: Claim, now: float) -> None:
-        self.changes += 1
         before = peer.state
         if peer.address != claim.address:
             peer.rtt = type(peer.rtt)()
         peer.address, peer.state, peer.incarnation = claim.address, claim.state, claim.incarnation
+        peer.proof = claim.proof
+        self._touched(peer.site)
         for timer in (peer.chore, peer.reaper, peer.suspicion.timer if peer.suspicion else None):
             if timer is not None:
                 timer.cancel()
@@ -343,7 +351,7 @@ class Swim:
             if peer.chore is not None:
                 peer.chore.cancel()
             del self.peers[peer.site]
-            self.changes += 1
+            self._touched(peer.site)
             self._gone(peer.site)
 
     def _tell(self, claim: Claim) -> None:
@@ -451,7 +459,7 @@ class Swim:
         mute = [site for site in probe.helpers if site not in probe.nacked and self._is_alive(site)]
         self.health = min(MAX_HEALTH, self.health + len(mute))
         if peer.state == ALIVE:
-            self.consider(Claim(peer.site, peer.address, SUSPECT, peer.incarnation, self.site), now)
+            self.consider(peer.claim(self.site)._replace(state=SUSPECT), now)
         elif peer.state == SUSPECT:
             self._confirm(peer, self.site, now)
 
@@ -483,7 +491,7 @@ class Swim:
 
     def _condemn(self, peer: Peer, suspicion: Suspicion, now: float) -> None:
         if peer.suspicion is suspicion and peer.state == SUSPECT:
-            self.consider(Claim(peer.site, peer.address, DEAD, peer.incarnation), now)
+            self.consider(peer.claim()._replace(state=DEAD), now)
 
     def _buddy(self, peer: Peer, now: float) -> None:
         if peer.state == SUSPECT and not self.left and not self.silent:
@@ -545,6 +553,6 @@ class Swim:
                 return
             peer.contest = None
             if peer.live:
-                self.consider(Claim(peer.site, peer.address, DEAD, peer.incarnation), then)
+                self.consider(peer.claim()._replace(state=DEAD), then)
 
         ask(now)

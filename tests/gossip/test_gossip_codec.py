@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.gossip import codec, config
-from mesh.gossip.codec import Codec, Foreign, Malformed, pack_message, pack_sender
+from mesh.gossip.codec import Codec, pack_message, pack_sender
 from mesh.gossip.config import GossipConfig
 from mesh.gossip.core import GossipCore
 from mesh.gossip.members import STATES, Claim
@@ -26,6 +26,7 @@ from mesh.gossip.messages import (
     SyncRequest,
     Taken,
 )
+from mesh.gossip.sealing import REFUSALS, Foreign, Forged, Malformed, Opened
 
 CODEC = Codec("test")
 SENDER = Sender("a", "a:1", 1, False, bytes(8))
@@ -35,8 +36,9 @@ names = st.text("abcdefghijklmnop-_.0123456789", min_size=1, max_size=20)
 addresses = st.builds(lambda host, port: f"{host}:{port}", names, st.integers(1, 65535))
 counters = st.integers(1, config.MAX_COUNTER)
 sequences = st.integers(0, 2**32 - 1)
-claims = st.builds(Claim, names, addresses, st.sampled_from(STATES), counters, st.one_of(st.just(""), names))
-live_claims = st.builds(Claim, names, addresses, st.sampled_from(STATES[:2]), counters, st.just(""))
+proofs = st.binary(max_size=72)
+claims = st.builds(Claim, names, addresses, st.sampled_from(STATES), counters, st.one_of(st.just(""), names), proofs)
+live_claims = st.builds(Claim, names, addresses, st.sampled_from(STATES[:2]), counters, st.just(""), proofs)
 messages = st.one_of(
     st.builds(Ping, sequences, st.one_of(st.just(""), names)),
     st.builds(Ack, sequences),
@@ -48,7 +50,7 @@ messages = st.one_of(
     st.builds(Page, names, counters, names, counters, st.integers(0, 2), st.integers(3, 9), st.binary(min_size=1)),
     st.builds(Taken, addresses),
 )
-senders = st.builds(Sender, names, addresses, counters, st.booleans(), st.binary(min_size=8, max_size=8))
+senders = st.builds(Sender, names, addresses, counters, st.booleans(), st.binary(min_size=8, max_size=8), proofs)
 junk = st.recursive(
     st.one_of(
         st.none(),
@@ -73,7 +75,7 @@ def core() -> GossipCore:
 def test_what_is_encoded_is_decoded(sender, sent):
     data = CODEC.join(pack_sender(sender), [pack_message(message) for message in sent])
     if len(data) <= config.MAX_DATAGRAM_BYTES:
-        assert CODEC.decode(data) == (sender, sent)
+        assert CODEC.decode(data) == (sender, sent, None)
 
 
 @given(st.binary(max_size=1600), st.booleans())
@@ -97,7 +99,7 @@ def test_a_core_survives_any_msgpack_from_a_known_sender(items):
     target = core()
     target.receive(CODEC.join(pack_sender(SENDER), [body]), "a:1", 1.0)
     target.receive(HEADER + body, "a:1", 1.0)
-    target.datagrams()
+    target.datagrams(1.0)
     target.handle_timer(5.0)
 
 
@@ -111,12 +113,12 @@ def test_a_core_survives_any_well_formed_datagrams(datagrams):
         target.receive(
             CODEC.join(pack_sender(sender), [pack_message(message) for message in sent]), sender.address, now
         )
-        assert all(len(data) <= config.MAX_DATAGRAM_BYTES for _, data in target.datagrams())
+        assert all(len(data) <= config.MAX_DATAGRAM_BYTES for _, data in target.datagrams(now))
         target.members(), target.entries("load"), target.rtts(), target.events()
     for _ in range(200):
         now = max(now, target.next_timer() or now)
         target.handle_timer(now)
-        target.datagrams()
+        target.datagrams(now)
 
 
 @pytest.mark.parametrize(
@@ -161,18 +163,21 @@ def test_bombs_are_refused(body):
         [3, 1, "a", "a:0", 5],
         [3, 1, "a", "a:65536", 5],
         [3, 1, "a", "::1:80", 5],
-        [4, "a", "a:1", 4, 1, ""],
-        [4, "a", "a:1", 0, 0, ""],
-        [4, "a", "a:1", 0, 2**63, ""],
-        [4, "", "a:1", 0, 1, ""],
-        [5, "a", "a:1", 2, 1, "", 0, {}],
-        [5, "a", "a:1", 0, 1, "", 0, {"k": 0}],
-        [5, "a", "a:1", 0, 1, "", 0, {str(number): 1 for number in range(17)}],
+        [4, "a", "a:1", 4, 1, "", b""],
+        [4, "a", "a:1", 0, 0, "", b""],
+        [4, "a", "a:1", 0, 2**63, "", b""],
+        [4, "", "a:1", 0, 1, "", b""],
+        [4, "@cluster", "a:1", 0, 1, "", b""],
+        [4, "a", "a:1", 0, 1, "", b"x" * 73],
+        [4, "a", "a:1", 0, 1, "", "x"],
+        [5, "a", "a:1", 2, 1, "", b"", 0, {}],
+        [5, "a", "a:1", 0, 1, "", b"", 0, {"k": 0}],
+        [5, "a", "a:1", 0, 1, "", b"", 0, {str(number): 1 for number in range(17)}],
         [7, "a", 1, "k", 1, 1, 1, b"x"],
         [7, "a", 1, "k", 1, 0, 10**6, b"x"],
         [7, "a", 1, "k", 1, 0, 1, b""],
         [7, "a", 1, "k", 1, 0, 1, "x"],
-        [7, "a", 1, "k", 1, 0, 1, b"x" * 901],
+        [7, "a", 1, "k", 1, 0, 1, b"x" * 751],
         [9],
         [-1],
         ["0"],
@@ -195,7 +200,7 @@ def test_another_cluster_is_foreign_and_is_not_answered():
     target = core()
     target.receive(Codec("other").join(pack_sender(SENDER), [pack_message(Ping(1, ""))]), "a:1", 1.0)
     assert target.counters["foreign"] == 1
-    assert target.datagrams() == []
+    assert target.datagrams(1.0) == []
     assert len(target.members()) == 1
     with pytest.raises(Foreign):
         CODEC.decode(Codec("other").join(pack_sender(SENDER), []))
@@ -211,34 +216,67 @@ def test_refused_datagrams_are_counted():
 def test_the_largest_messages_fit_into_a_datagram_with_the_largest_sender():
     name, key = "n" * config.MAX_NAME_BYTES, "k" * (config.MAX_KEY_BYTES - 2)
     address = "h" * (config.MAX_ADDRESS_BYTES - 6) + ":65535"
-    sender = pack_sender(Sender(name, address, config.MAX_COUNTER, True, bytes(8)))
+    sender = pack_sender(Sender(name, address, config.MAX_COUNTER, True, bytes(8), bytes(72)))
     versions = {f"{key}{number:02}": config.MAX_COUNTER for number in range(config.MAX_KEYS_PER_SITE)}
-    claim = Claim(name, address, "suspect", config.MAX_COUNTER, name)
+    claim = Claim(name, address, "suspect", config.MAX_COUNTER, name, bytes(72))
     top = config.MAX_COUNTER
     for message in (
         Page(name, top, key, top, 35, config.MAX_PAGES, bytes(config.PAGE_BYTES)),
         Digest(claim, top, versions),
     ):
         data = CODEC.join(sender, [pack_message(message)])
-        assert len(data) <= config.MAX_DATAGRAM_BYTES - 32  # room for a seal
+        assert len(data) <= config.MAX_DATAGRAM_BYTES - 40  # room for a seal
         assert CODEC.decode(data).messages == [message]
 
 
-def test_a_sealer_sees_the_header_and_hides_the_body():
-    class Xor:
-        overhead_bytes = 1
+class Xor:
+    """A sealer that everybody can break, and that says who sealed."""
 
-        def seal(self, header: bytes, body: bytes) -> bytes:
-            return bytes([header[0]]) + bytes(byte ^ 0x55 for byte in body)
+    overhead_bytes = 2
 
-        def open(self, header: bytes, sealed: bytes) -> bytes:
-            if sealed[:1] != header[:1]:
-                raise Malformed("bad seal")
-            return bytes(byte ^ 0x55 for byte in sealed[1:])
+    def seal(self, body: bytes, *, address: str, site: str, now: float) -> bytes:
+        return b"a" + (b"?" if not site else b"!") + bytes(byte ^ 0x55 for byte in body)
 
+    def open(self, data: bytes, *, source: str, now: float) -> Opened:
+        if data[1:2] == b"?":
+            return Opened(b"", None, b"hello")
+        if data[1:2] != b"!":
+            raise Forged("bad seal")
+        return Opened(bytes(byte ^ 0x55 for byte in data[2:]), data[:1].decode())
+
+
+def test_a_sealer_hides_the_body_and_says_who_sent_it():
     sealed = Codec("test", Xor())
-    data = sealed.join(pack_sender(SENDER), [pack_message(Ack(7))])
+    data = sealed.join(pack_sender(SENDER), [pack_message(Ack(7))], site="b")
     assert sealed.decode(data).messages == [Ack(7)]
-    assert sealed.room_bytes(b"") == CODEC.room_bytes(b"") - 1
+    assert sealed.room_bytes(b"") == CODEC.room_bytes(b"") - 2
+    with pytest.raises(Forged, match="a speaks as z"):
+        sealed.decode(sealed.join(pack_sender(SENDER._replace(site="z")), [], site="b"))
     with pytest.raises(Malformed):
         sealed.decode(CODEC.join(pack_sender(SENDER), []))
+
+
+def test_what_sealers_say_to_each_other_goes_back_to_where_it_came_from():
+    target = GossipCore(GossipConfig("me", "me:1", cluster="test", rng=random.Random(0)), sealer=Xor())
+    target.start(0.0)
+    target.receive(Codec("test", Xor()).join(pack_sender(SENDER), []), "a:1", 1.0)
+    assert target.datagrams(1.0) == [("a:1", HEADER + b"hello")]
+    assert len(target.members()) == 1
+
+
+class Sealed(Xor):
+    """Refuses everything in one way."""
+
+    def __init__(self, refusal: type[Malformed]) -> None:
+        self.refusal = refusal
+
+    def open(self, data: bytes, *, source: str, now: float) -> Opened:
+        raise self.refusal("so")
+
+
+@pytest.mark.parametrize("refusal", [Malformed, *Malformed.__subclasses__()])
+def test_every_kind_of_refusal_is_counted_under_its_name(refusal):
+    target = GossipCore(GossipConfig("me", "me:1", cluster="test", rng=random.Random(0)), sealer=Sealed(refusal))
+    target.receive(HEADER + b"x", "a:1", 1.0)
+    assert target.counters[refusal.__name__.lower()] == 1
+    assert refusal.__name__.lower() in REFUSALS
