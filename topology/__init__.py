@@ -4,30 +4,35 @@ Pure: no I/O, no clock, no randomness. `partition(snapshot, model, constraints)`
 the values that go in and come out, and the errors.
 """
 
-from topology.constraints import Constraints
+from topology.constraints import OBJECTIVES, Constraints
 from topology.errors import ConstraintError, NoFeasiblePlan, Shortfall, TopologyError
 from topology.model import DTYPE_BYTES, ModelSpec
 from topology.partition import DEFAULT_CONTEXT, STRATEGIES, partition
-from topology.plan import Plan, Predicted, Shard, Stage
-from topology.snapshot import Device, Link, Site, Snapshot
+from topology.plan import Choice, Plan, Predicted, Replica, Shard, Stage, Standby
+from topology.snapshot import Device, Held, Link, Site, Snapshot
 
 __all__ = [
     "DEFAULT_CONTEXT",
     "DTYPE_BYTES",
+    "OBJECTIVES",
     "STRATEGIES",
+    "Choice",
     "ConstraintError",
     "Constraints",
     "Device",
+    "Held",
     "Link",
     "ModelSpec",
     "NoFeasiblePlan",
     "Plan",
     "Predicted",
+    "Replica",
     "Shard",
     "Shortfall",
     "Site",
     "Snapshot",
     "Stage",
+    "Standby",
     "TopologyError",
     "partition",
 ]

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Final
 
 from topology.balance import balance
 from topology.constraints import Constraints
 from topology.cost import POLICIES, PREFILL_TOKENS, Fit, fit, least_bytes
 from topology.model import ModelSpec
+from topology.objective import LIMITED_SLACKS, SLACKS, Key, excess, key
 from topology.picture import Node, Picture
-from topology.plan import Plan, Predicted, Shard, Stage
+from topology.plan import Choice, Plan, Predicted, Shard, Stage
 from topology.ring import EXACT, rings
 
 Island = tuple[Node, ...]
-
-#: How much more computing a token may cost so that stages come out even, by `min_latency`. Calibration repeats to a few
-#: per cent, so smaller differences between devices are not worth lopsided stages.
-SLACK: Final = {"low": 0.01, "medium": 0.05, "high": math.inf}
 
 
 @dataclass(frozen=True)
@@ -33,6 +29,9 @@ class Candidate:
     network_s: float
     first_token_s: float
     slowest_s: float
+    price_per_hour: float = 0.0
+    requests: int | None = None
+    excess: float = 0.0
 
     @property
     def token_s(self) -> float:
@@ -49,20 +48,47 @@ class Candidate:
         """Which devices hold which layers, to settle ties the same way everywhere."""
         return tuple((tuple(node.key for node in f.nodes), n) for f, n in zip(self.fits, self.counts, strict=True))
 
-    def cost(self, min_latency: str) -> tuple[object, ...]:
-        """Sorts the better plan first, by what `min_latency` asks. Nanoseconds, so that rounding cannot decide."""
-        token_ns = round(self.token_s * 1e9)
-        rest = (len(self.fits), round(self.slowest_s * 1e9), self.identity)
-        if min_latency == "low":
-            return (token_ns, len(self.sites), *rest)
-        if min_latency == "medium":
-            return (len(self.sites), token_ns, *rest)
-        # Rates within about 5 % of each other count as equal, and fewer sites win.
-        step = round(math.log(self.slowest_s) / math.log(1.05))
-        return (step, len(self.sites), token_ns, *rest)
+    @property
+    def rate(self) -> float:
+        """Predicted tokens/s over many requests; over `requests` of them where that is known."""
+        saturated = 1 / self.slowest_s
+        return saturated if self.requests is None else min(saturated, self.requests / self.token_s)
 
-    def plan(self, model: ModelSpec, context: int, why: tuple[str, ...]) -> Plan:
-        """The value that peers exchange."""
+    @property
+    def price_per_token(self) -> float:
+        """Price of one token at that rate."""
+        return self.price_per_hour / 3600 / self.rate
+
+    def cost(self, wish: str) -> Key:
+        """Sorts the better plan first, by what is wished: see `topology.objective`."""
+        return key(self, wish)
+
+    @property
+    def layout(self) -> str:
+        """The devices in a few words: "a/gpu0 + a/gpu1 | b/gpu0"."""
+        return " | ".join(" + ".join(node.key for node in each.nodes) for each in self.fits)
+
+    @property
+    def in_flight(self) -> int:
+        """Micro-batches under way that keep the slowest stage busy, by Little's law."""
+        return max(math.ceil(self.token_s / self.slowest_s * (1 - 1e-9)), 1)
+
+    def choice(self, *, chosen: bool = False, costs: str = "") -> Choice:
+        """Its figures, for a list of plans that were weighed."""
+        return Choice(
+            layout=self.layout,
+            counts=self.counts,
+            token_ms=self.token_s * 1e3,
+            tokens_per_s=self.rate,
+            first_token_ms=self.first_token_s * 1e3,
+            price_per_hour=self.price_per_hour,
+            chosen=chosen,
+            costs=costs,
+        )
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages as peers exchange them."""
         stages, start = [], 0
         for each, layers in zip(self.fits, self.counts, strict=True):
             shards = tuple(
@@ -78,15 +104,30 @@ class Candidate:
             )
             stages.append(Stage(start, start + layers, shards))
             start += layers
+        return tuple(stages)
+
+    def plan(self, model: ModelSpec, context: int, why: tuple[str, ...], objective: str = "fewest_sites") -> Plan:
+        """The value that peers exchange, as yet without standbys, replicas and what was not chosen."""
         predicted = Predicted(
             token_ms=self.token_s * 1e3,
             compute_ms=self.compute_s * 1e3,
             network_ms=self.network_s * 1e3,
             first_token_ms=self.first_token_s * 1e3,
             tokens_per_s=1 / self.token_s,
-            saturated_tokens_per_s=1 / self.slowest_s,
+            saturated_tokens_per_s=self.rate,
+            price_per_hour=self.price_per_hour,
         )
-        return Plan(model, self.strategy, context, tuple(stages), predicted, why)
+        return Plan(
+            model,
+            self.strategy,
+            context,
+            self.stages,
+            predicted,
+            why,
+            objective=objective,
+            concurrency=self.requests or 1,
+            in_flight=self.in_flight,
+        )
 
     @property
     def strategy(self) -> str:
@@ -105,7 +146,7 @@ class Assembler:
 
     def __init__(self, picture: Picture, model: ModelSpec, context: int, constraints: Constraints) -> None:
         self.picture, self.model, self.context, self.constraints = picture, model, context, constraints
-        self.least_bytes = least_bytes(model, context)
+        self.least_bytes = least_bytes(model, context, constraints.requests)
         self.work = 0.0
         self._fits: dict[tuple[Island, str, bool, bool], Fit | None] = {}
         self._rings: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
@@ -123,7 +164,7 @@ class Assembler:
                 found = [self.ordered([islands[i] for i in order], policy) for order in rotations]
                 good = [candidate for candidate in found if candidate is not None]
                 if good:
-                    return min(good, key=lambda candidate: candidate.cost(self.constraints.min_latency))
+                    return min(good, key=lambda candidate: candidate.cost(self.constraints.wish))
         return None
 
     def rings(self, islands: Sequence[Island]) -> list[tuple[int, ...]]:
@@ -153,21 +194,45 @@ class Assembler:
         good = [each for each in fits if each is not None]
         if len(good) != len(fits) or not self._shape_is_wanted(good):
             return None
-        # An all-reduce holds a stage up just as computing does.
-        layer_s = [each.layer_s + each.layer_network_s for each in good]
-        extra_s = [each.head_s + each.head_network_s for each in good]
         capacity = [each.capacity for each in good]
         if counts is None:
-            slack = SLACK[self.constraints.min_latency]
-            counts = balance(layer_s, extra_s, capacity, self.model.layers, slack=slack)
-        elif any(not 1 <= n <= most for n, most in zip(counts, capacity, strict=True)):
+            return self._shared_out(tuple(good), capacity)
+        if any(not 1 <= n <= most for n, most in zip(counts, capacity, strict=True)):
             return None
-        return None if counts is None else self._priced(tuple(good), tuple(counts))
+        return self._priced(tuple(good), tuple(counts))
+
+    def _shared_out(self, fits: tuple[Fit, ...], capacity: Sequence[int]) -> Candidate | None:
+        """The candidate with the best split of the layers that is tried for the objective, and for limits it misses."""
+        wish = self.constraints.wish
+        # An all-reduce holds a stage up just as computing does.
+        layer_s = [each.layer_s + each.layer_network_s for each in fits]
+        extra_s = [each.head_s + each.head_network_s for each in fits]
+        if wish == "first_token":
+            layer_s = [each.prefill_layer_s + each.prefill_layer_network_s for each in fits]
+        tried: set[tuple[int, ...]] = set()
+        best: Candidate | None = None
+        for slacks in (SLACKS[wish], LIMITED_SLACKS):
+            for slack in slacks:
+                counts = balance(layer_s, extra_s, capacity, self.model.layers, slack=slack)
+                if counts is None:
+                    return None
+                if tuple(counts) not in tried:
+                    tried.add(tuple(counts))
+                    candidate = self._priced(fits, tuple(counts))
+                    if candidate is None:
+                        return None  # a neighbour out of reach, however the layers are shared out
+                    best = candidate if best is None or candidate.cost(wish) < best.cost(wish) else best
+            if best is not None and best.excess == 0:
+                return best
+        return best
 
     def _fit(self, island: Island, policy: str, first: bool, last: bool) -> Fit | None:
         key = (island, policy, first, last)
         if key not in self._fits:
-            self._fits[key] = fit(self.picture, self.model, self.context, island, policy, first=first, last=last)
+            requests = self.constraints.requests
+            self._fits[key] = fit(
+                self.picture, self.model, self.context, island, policy, first=first, last=last, requests=requests
+            )
         return self._fits[key]
 
     def _could_hold(self, islands: Sequence[Island], policy: str) -> bool:
@@ -180,7 +245,9 @@ class Assembler:
         return sum(node.usable_bytes for island in islands for node in island) < self.least_bytes
 
     def _shape_is_wanted(self, fits: Sequence[Fit]) -> bool:
-        asked = self.constraints
+        asked, origin = self.constraints, self.picture.origin
+        if asked.private and any(node.site != origin for each in (fits[0], fits[-1]) for node in each.nodes):
+            return False
         if asked.stages is not None and len(fits) != asked.stages:
             return False
         return all(asked.width(i) in (None, len(each.nodes)) for i, each in enumerate(fits))
@@ -199,7 +266,7 @@ class Assembler:
         head_s = math.fsum(each.head_s + each.head_network_s for each in fits)
         carried_s = [model.activation_bytes / self.picture.path(a, b).bandwidth for a, b in around]
         stage_s = [n * (each.layer_s + each.layer_network_s) + each.head_s + each.head_network_s for each, n in pairs]
-        return Candidate(
+        candidate = Candidate(
             fits=fits,
             counts=counts,
             compute_s=math.fsum(n * each.layer_s + each.head_s for each, n in pairs),
@@ -209,4 +276,8 @@ class Assembler:
             )
             + head_s,
             slowest_s=max(stage_s + carried_s),
+            price_per_hour=self.picture.price_per_hour(node for each in fits for node in each.nodes),
+            requests=self.constraints.concurrency,
         )
+        missed = excess(candidate, self.constraints)
+        return replace(candidate, excess=missed) if missed else candidate

@@ -2,12 +2,26 @@
 
 | key | value | means |
 |---|---|---|
+| `objective` | "latency", "throughput", "first_token", "cost", "balanced" | what to make least or most, at any number of sites; see `topology.objective`. Not given: what `min_latency` says |
 | `min_latency` | "low", "medium", "high" | the latency wanted: "low" minimises it at any number of sites; "medium" (default) takes as few sites as fit, then the least latency; "high" tolerates it for throughput over many requests |
 | `max_token_latency_ms` | number > 0 | no plan predicted slower than this a token |
-| `sites`, `exclude_sites`, `regions` | a name or a list of names | where the model may and may not run |
+| `max_first_token_ms` | number > 0 | no plan predicted to take longer for a prompt of 512 tokens |
+| `min_tokens_per_s` | number > 0 | no plan with a lower predicted rate over many requests (`concurrency` of them, where asked) |
+| `max_price_per_hour` | number > 0 | the prices of all devices and sites of the plan, standbys and replicas included |
+| `sites`, `exclude_sites` | a name or a list of names | where the model may and may not run |
+| `regions`, `exclude_regions` | a name or pattern, or a list: `eu-*` | the same by region; `*`, `?` and `[a-c]` as in a shell |
 | `max_sites` | integer >= 1 | how many sites may take part |
+| `vendors` | a name or a list of names | only devices of these vendors |
+| `trusted_only` | true or false | only sites that are marked as trusted |
+| `private` | true or false | token ids appear at the submitting site alone: the first and the last stage are there |
+| `needs` | "matmul-throughput", "memory-bandwidth", "memory", "low-latency", "low-price" | only devices measured within a factor of two of the best; see `topology.needs` |
 | `dtype` | "float32", "bfloat16", "float16" | what the model runs in, instead of its own |
+| `codes` | "bfloat16", "fp8", "int8" | lossy codes that hidden states may travel in where bandwidth is the limit |
 | `context` | integer >= 1 | tokens to size KV caches for; default min(model's, 2048) |
+| `concurrency` | integer >= 1 | requests of that context whose KV caches fit at once; default 1 |
+| `standbys` | integer >= 0 | devices that hold a shard's weights beside the one that serves it; default 0 |
+| `replicas` | integer >= 1, or "auto" | rings of the model, requests are split over them; "auto": as many as help the objective; default 1 |
+| `priority` | integer from -100 to 100 | a job may displace those of lower priority where nothing fits otherwise; default 0 |
 | `stages` | integer >= 1 | expert override: exactly so many pipeline stages |
 | `shards` | integer >= 1, or a list, one a stage | expert override: exactly so many tensor-parallel shards |
 
@@ -17,17 +31,27 @@ link where tensor parallelism does not pay, and are refused where they cannot be
 
 from __future__ import annotations
 
-import difflib
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final
 
+from topology import checks
+from topology.checks import Check, nearest
 from topology.errors import ConstraintError
 from topology.model import DTYPE_BYTES
 
-#: Values of `min_latency`.
-LATENCIES: Final = ("low", "medium", "high")
+#: Values of `min_latency`, and the objective that each stands for.
+LATENCIES: Final = {"low": "latency", "medium": "fewest_sites", "high": "throughput"}
+#: Values of `objective`. What plans are compared by is one of these, or "fewest_sites" where none was given.
+OBJECTIVES: Final = ("latency", "throughput", "first_token", "cost", "balanced")
+#: Values of `needs`; `topology.needs` says how each is measured.
+NEEDS: Final = ("matmul-throughput", "memory-bandwidth", "memory", "low-latency", "low-price")
+#: Lossy codes of hidden states, and bytes an element.
+CODES: Final = {"bfloat16": 2, "fp8": 1, "int8": 1}
+#: Bounds of `priority`.
+PRIORITIES: Final = (-100, 100)
+
+__all__ = ["CODES", "LATENCIES", "NEEDS", "OBJECTIVES", "Constraints", "nearest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +68,20 @@ class Constraints:
     context: int | None = None
     stages: int | None = None
     shards: int | tuple[int, ...] | None = None
+    objective: str | None = None
+    max_first_token_ms: float | None = None
+    min_tokens_per_s: float | None = None
+    max_price_per_hour: float | None = None
+    exclude_regions: tuple[str, ...] = ()
+    vendors: tuple[str, ...] = ()
+    trusted_only: bool = False
+    private: bool = False
+    needs: tuple[str, ...] = ()
+    codes: tuple[str, ...] = ()
+    concurrency: int | None = None
+    standbys: int = 0
+    replicas: int | str = 1
+    priority: int = 0
 
     def __post_init__(self) -> None:
         """Raises ConstraintError: a value built in code is held to the same rules as a parsed one."""
@@ -55,9 +93,17 @@ class Constraints:
             raise ConstraintError(
                 f"shards lists {len(self.shards)} stages but stages is {self.stages}: make them agree"
             )
-        both = sorted(set(self.sites) & set(self.exclude_sites))
-        if both:
-            raise ConstraintError(f"site {both[0]!r} stands in sites and in exclude_sites: take it out of one of them")
+        for asked, excluded, what in (("sites", "exclude_sites", "site"), ("regions", "exclude_regions", "region")):
+            both = sorted(set(getattr(self, asked)) & set(getattr(self, excluded)))
+            if both:
+                raise ConstraintError(
+                    f"{what} {both[0]!r} stands in {asked} and in {excluded}: take it out of one of them"
+                )
+        if self.objective is not None and self.min_latency not in ("medium", _latency_of(self.objective)):
+            raise ConstraintError(
+                f"objective {self.objective!r} and min_latency {self.min_latency!r} ask for different plans: "
+                f"leave one of them out"
+            )
 
     @classmethod
     def parse(cls, mapping: Mapping[str, Any] | Constraints | None) -> Constraints:
@@ -84,6 +130,16 @@ class Constraints:
         return document
 
     @property
+    def wish(self) -> str:
+        """What plans are compared by: one of `OBJECTIVES`, or "fewest_sites"."""
+        return self.objective or LATENCIES[self.min_latency]
+
+    @property
+    def requests(self) -> int:
+        """Requests whose KV caches are held at once."""
+        return self.concurrency or 1
+
+    @property
     def forced(self) -> bool:
         """Whether an expert override asks for a certain shape."""
         return self.stages is not None or self.shards is not None
@@ -93,71 +149,33 @@ class Constraints:
         return self.shards[stage] if isinstance(self.shards, tuple) else self.shards
 
 
-def nearest(name: str, known: Iterable[str], what: str) -> str:
-    """Half a sentence for an error: the nearest known name, or all of them where none is near."""
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    return f"{what} are {', '.join(names)}" if names else f"none are {what}"
+def _latency_of(objective: str) -> str:
+    return next((latency for latency, known in LATENCIES.items() if known == objective), "medium")
 
 
-def _text(name: str, value: Any, allowed: Iterable[str]) -> str:
-    names = list(allowed)
-    if not isinstance(value, str) or value not in names:
-        hint = nearest(str(value), names, "allowed")
-        raise ConstraintError(f"{name} must be one of {', '.join(names)}, not {value!r}: {hint}")
-    return value
-
-
-def _latency(name: str, value: Any) -> str:
-    return _text(name, value, LATENCIES)
-
-
-def _dtype(name: str, value: Any) -> str | None:
-    return None if value is None else _text(name, value, DTYPE_BYTES)
-
-
-def _names(name: str, value: Any) -> tuple[str, ...]:
-    entries = [value] if isinstance(value, str) else value
-    if not isinstance(entries, (list, tuple, set, frozenset)) or not all(isinstance(e, str) and e for e in entries):
-        raise ConstraintError(f"{name} must be a name or a list of names, not {value!r}")
-    return tuple(sorted(set(entries)))
-
-
-def _count(name: str, value: Any) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConstraintError(f"{name} must be a whole number of at least 1, not {value!r}")
-    return value
-
-
-def _widths(name: str, value: Any) -> int | tuple[int, ...] | None:
-    if isinstance(value, (list, tuple)):
-        if not value:
-            raise ConstraintError(f"{name} must be a whole number or one number a stage, not an empty list")
-        return tuple(_count(name, entry) or 1 for entry in value)
-    return _count(name, value)
-
-
-def _milliseconds(name: str, value: Any) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-        raise ConstraintError(f"{name} must be a number of milliseconds above 0, not {value!r}")
-    return float(value)
-
-
-_CHECKS: Final[dict[str, Callable[[str, Any], Any]]] = {
-    "min_latency": _latency,
-    "max_token_latency_ms": _milliseconds,
-    "sites": _names,
-    "exclude_sites": _names,
-    "regions": _names,
-    "max_sites": _count,
-    "dtype": _dtype,
-    "context": _count,
-    "stages": _count,
-    "shards": _widths,
+_CHECKS: Final[dict[str, Check]] = {
+    "min_latency": checks.word(LATENCIES, optional=False),
+    "max_token_latency_ms": checks.amount("milliseconds"),
+    "sites": checks.texts,
+    "exclude_sites": checks.texts,
+    "regions": checks.texts,
+    "max_sites": checks.count,
+    "dtype": checks.word(DTYPE_BYTES),
+    "context": checks.count,
+    "stages": checks.count,
+    "shards": checks.widths,
+    "objective": checks.word(OBJECTIVES),
+    "max_first_token_ms": checks.amount("milliseconds"),
+    "min_tokens_per_s": checks.amount("tokens a second"),
+    "max_price_per_hour": checks.amount("currency units an hour"),
+    "exclude_regions": checks.texts,
+    "vendors": checks.texts,
+    "trusted_only": checks.flag,
+    "private": checks.flag,
+    "needs": checks.words(NEEDS),
+    "codes": checks.words(CODES),
+    "concurrency": checks.count,
+    "standbys": checks.count_or_none,
+    "replicas": checks.replicas,
+    "priority": checks.between(*PRIORITIES),
 }

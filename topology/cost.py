@@ -93,17 +93,17 @@ def activation_bytes(model: ModelSpec, groups: int, columns: int, context: int) 
     return tokens * (elements * model.element_bytes + in_float32 + context * model.element_bytes)
 
 
-def least_bytes(model: ModelSpec, context: int) -> int:
+def least_bytes(model: ModelSpec, context: int, requests: int = 1) -> int:
     """No plan takes less: all layers with their KV cache and the embedding (with the head, where it is not tied)."""
-    layers = model.layers * (model.layer_bytes + kv_bytes(model, model.kv_heads, context))
+    layers = model.layers * (model.layer_bytes + kv_bytes(model, model.kv_heads, context * requests))
     return layers + model.embedding_bytes * (1 if model.tied_embeddings else 2)
 
 
-def needed_bytes(model: ModelSpec, context: int, stages: int) -> int:
+def needed_bytes(model: ModelSpec, context: int, stages: int, requests: int = 1) -> int:
     """What `stages` stages of one shard take together: what a person is told the model needs."""
     extra = model.embedding_bytes if model.tied_embeddings and stages > 1 else 0
     working = activation_bytes(model, model.kv_heads, model.intermediate, context)
-    return least_bytes(model, context) + extra + stages * working + 2 * LOGIT_BYTES * model.vocab
+    return least_bytes(model, context, requests) + extra + stages * working + 2 * LOGIT_BYTES * model.vocab
 
 
 def decode_s(model: ModelSpec, speed: float) -> float:
@@ -112,21 +112,35 @@ def decode_s(model: ModelSpec, speed: float) -> float:
 
 
 def fit(
-    picture: Picture, model: ModelSpec, context: int, island: tuple[Node, ...], policy: str, *, first: bool, last: bool
+    picture: Picture,
+    model: ModelSpec,
+    context: int,
+    island: tuple[Node, ...],
+    policy: str,
+    *,
+    first: bool,
+    last: bool,
+    requests: int = 1,
 ) -> Fit | None:
-    """Share an island out. None where it cannot work: more devices than KV-head groups, no path, not even one layer."""
+    """Share an island out. None where it cannot work: more devices than KV-head groups, no path, not even one layer.
+
+    `requests` KV caches of `context` tokens are held at once.
+    """
     nodes = tuple(sorted(island, key=lambda node: (-node.usable_bytes, node.rank))) if policy == "roomy" else island
     count = len(nodes)
     worst = slowest_path(picture, nodes)
     if count > model.kv_heads or count > model.intermediate or not worst.reachable:
         return None
-    shares = _shares(model, context, nodes, policy, first=first, last=last)
+    shares = _shares(model, context, nodes, policy, first=first, last=last, requests=requests)
     if shares is None:
         return None
     kv_heads, columns, vocabulary = shares
     norms = 2 * model.row_bytes
     layer_bytes = tuple(
-        attention_bytes(model, width(g)) + mlp_bytes(model, width(c)) + norms + kv_bytes(model, width(g), context)
+        attention_bytes(model, width(g))
+        + mlp_bytes(model, width(c))
+        + norms
+        + kv_bytes(model, width(g), context * requests)
         for g, c in zip(kv_heads, columns, strict=True)
     )
     fixed_bytes = tuple(
@@ -194,7 +208,7 @@ def slowest_path(picture: Picture, nodes: tuple[Node, ...]) -> Path:
 
 
 def _shares(
-    model: ModelSpec, context: int, nodes: tuple[Node, ...], policy: str, *, first: bool, last: bool
+    model: ModelSpec, context: int, nodes: tuple[Node, ...], policy: str, *, first: bool, last: bool, requests: int
 ) -> tuple[tuple[tuple[int, int], ...], ...] | None:
     """Ranges of KV-head groups, MLP columns and head rows by shard; None where a shard has no room at all."""
     nobody = tuple((0, 0) for _ in nodes)
@@ -216,7 +230,7 @@ def _shares(
         return None
     kv_heads = tuple(cut(model.kv_heads, room))
     # KV-head groups are coarse: columns even out what they leave uneven.
-    attention = [attention_bytes(model, width(g)) + kv_bytes(model, width(g), context) for g in kv_heads]
+    attention = [attention_bytes(model, width(g)) + kv_bytes(model, width(g), context * requests) for g in kv_heads]
     whole = sum(attention) + mlp_bytes(model, model.intermediate)
     target = [whole * space / sum(room) - used for space, used in zip(room, attention, strict=True)]
     columns = tuple(cut(model.intermediate, [max(value, 1.0) for value in target], unit=CUT_UNIT))

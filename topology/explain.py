@@ -19,11 +19,14 @@ SAME: Final = 0.01
 #: Sets of sites looked at for rivals, at most.
 MAX_RIVAL_SETS: Final = 64
 
-#: What `min_latency` asks, in words.
+#: What each objective asks, in words.
 WISHES = {
-    "low": "the least predicted latency at any number of sites",
-    "medium": "as few sites as fit, then the least predicted latency",
-    "high": "throughput over many requests, latency tolerated",
+    "latency": "the least predicted latency at any number of sites",
+    "fewest_sites": "as few sites as fit, then the least predicted latency",
+    "throughput": "throughput over many requests, latency tolerated",
+    "first_token": "the least time to the first token",
+    "cost": "the least price a token",
+    "balanced": "latency and throughput, halving one being worth doubling the other",
 }
 
 
@@ -57,8 +60,7 @@ def why(
 
 def describe(candidate: Candidate) -> str:
     """A candidate in a few words: "a/gpu0 + a/gpu1 | b/gpu0 (3.21 ms)"."""
-    stages = " | ".join(" + ".join(node.key for node in each.nodes) for each in candidate.fits)
-    return f"{stages} ({_ms(candidate.token_s)})"
+    return f"{candidate.layout} ({_ms(candidate.token_s)})"
 
 
 def _headline(chosen: Candidate, constraints: Constraints) -> str:
@@ -69,7 +71,7 @@ def _headline(chosen: Candidate, constraints: Constraints) -> str:
         "hybrid": f"a pipeline of {len(chosen.fits)} stages with tensor parallelism inside",
     }[chosen.strategy]
     sites = f"{len(chosen.sites)} site" + ("" if len(chosen.sites) == 1 else "s")
-    wish = WISHES[constraints.min_latency]
+    wish = WISHES[constraints.wish]
     return (
         f"{what} on {sites}: {_ms(chosen.token_s)} a token predicted, {1 / chosen.token_s:.3g} tokens/s "
         f"({_ms(chosen.compute_s)} computing, {_ms(chosen.network_s)} network); wanted: {wish}"
@@ -90,7 +92,7 @@ def _rivals(search: Search, chosen: Candidate) -> list[str]:
             continue
         found = [search.family(names, kind) for names in sets if kind != "single" or len(names) == 1]
         rivals = [rival for rival in found if rival is not None and rival.strategy in (kind, "hybrid")]
-        best = min(rivals, key=lambda rival: rival.cost("low"), default=None)
+        best = min(rivals, key=lambda rival: rival.cost("latency"), default=None)
         name = {"single": "one device", "tensor_parallelism": "tensor parallelism", "pipeline": "a pipeline"}[kind]
         if best is None:
             if kind == "single":

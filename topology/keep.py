@@ -13,6 +13,7 @@ from typing import Final
 from topology.candidate import Candidate, Island
 from topology.cost import POLICIES, attention_bytes, mlp_bytes
 from topology.model import ModelSpec
+from topology.objective import value
 from topology.plan import Plan
 from topology.search import Search
 
@@ -59,21 +60,16 @@ def kept(search: Search, previous: Plan, best: Candidate) -> list[Candidate]:
         found += [c for filled in _filled(search, islands, best) for c in _all(search, filled, spans)]
     limit = search.constraints.max_sites
     good = [c for c in found if c is not None and search.meets(c) and (limit is None or len(c.sites) <= limit)]
-    return sorted(good, key=lambda candidate: candidate.cost("low"))
+    return sorted(good, key=lambda candidate: candidate.cost(search.constraints.wish))
 
 
 def steadiest(
     search: Search, best: Candidate, candidates: Sequence[Candidate], previous: Plan
 ) -> tuple[Candidate, tuple[str, ...]]:
     """The candidate that keeps most in place among those within the tolerance of the best, and a sentence on it."""
-    wish = search.constraints.min_latency
-    near = [best]
-    for candidate in candidates:
-        near_enough = candidate.token_s <= best.token_s * (1 + TOLERANCE)
-        if wish == "high":
-            near_enough = candidate.slowest_s <= best.slowest_s * (1 + TOLERANCE)
-        if near_enough:
-            near.append(candidate)
+    wish = search.constraints.wish
+    most = value(best, wish) * (1 + TOLERANCE)
+    near = [best, *(candidate for candidate in candidates if value(candidate, wish) <= most)]
     chosen = max(near, key=lambda c: (kept_bytes(c, previous), -near.index(c)))
     whole = search.model.layers * (
         attention_bytes(search.model, search.model.kv_heads) + mlp_bytes(search.model, search.model.intermediate)

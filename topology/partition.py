@@ -2,12 +2,12 @@
 
 How it decides. Layouts of every site (one device, tensor parallelism, chains) are combined over sets of sites, first of
 one site, then of two, and so on; each combination is put into the ring with the least latency, its layers are shared
-out within memory, and it is priced (`topology.cost`). The best by `min_latency` is the plan. If nothing fits while
+out within memory, and it is priced (`topology.cost`). The best by the objective is the plan. If nothing fits while
 every device keeps its reserve free, the same is done once more with the reserve.
 
 Strategies. "auto": whatever is predicted best. "pipeline": one device a stage. "tensor_parallelism": every site that
-takes part is split over all of its devices, unless one device of each is predicted faster, or `min_latency` is "low":
-then whatever is best, and the plan says so.
+takes part is split over all of its devices, unless one device of each is predicted faster, or the objective is
+latency: then whatever is best, and the plan says so.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-from topology.constraints import Constraints, nearest
+from topology.checks import nearest
+from topology.constraints import Constraints
+from topology.eligible import check_names
 from topology.errors import ConstraintError, NoFeasiblePlan, Shortfall, TopologyError
 from topology.explain import why
 from topology.keep import kept, steadiest
 from topology.model import DTYPE_BYTES, ModelSpec
-from topology.picture import check_names, look
+from topology.picture import look
 from topology.plan import Plan
 from topology.search import Outcome, Search
 from topology.shortfall import shortfalls
@@ -40,12 +42,14 @@ def partition(
     *,
     strategy: str = "auto",
     previous: Plan | None = None,
+    origin: str | None = None,
 ) -> Plan:
     """The plan for a model on a mesh. Pure: equal arguments give equal plans, in whatever order sites came in.
 
     `previous` is the plan that a job runs by now: where a plan that leaves more weights in place is predicted within
     10 % of the best, it is taken. The caller gives back what the job holds with `Snapshot.with_freed` first. Site names
-    in the constraints that are gone from the snapshot are then taken for lost, not for misspelt.
+    in the constraints that are gone from the snapshot are then taken for lost, not for misspelt. `origin` is the site
+    where the job was submitted, which `private` needs.
 
     Raises ConstraintError for a wrong constraint or strategy, NoFeasiblePlan with what is missing, and TopologyError
     for an impossible model or a snapshot that contradicts itself.
@@ -56,7 +60,7 @@ def partition(
     if strategy == "pipeline" and set(_widths(wishes)) != {1}:
         raise ConstraintError("strategy 'pipeline' has one shard a stage: leave shards out or take another strategy")
     if previous is None:
-        check_names(snapshot, wishes)
+        check_names(snapshot, wishes, origin)
     model = _checked(replace(model, dtype=wishes.dtype) if wishes.dtype else model)
     context = wishes.context or min(model.context, DEFAULT_CONTEXT)
     _possible(model, wishes, context)
@@ -67,7 +71,7 @@ def partition(
         attempts += [(free, True), (free, False)]
     outcome: Outcome | None = None
     for asked, reserve in attempts:
-        picture = look(snapshot, model, asked, reserve=reserve)
+        picture = look(snapshot, model, asked, reserve=reserve, origin=origin)
         search = Search(picture, model, context, asked, strategy)
         outcome = search.run()
         if outcome.best is None:
@@ -78,8 +82,8 @@ def partition(
         if asked is not wishes:
             extra += (f"the forced shape, stages={wishes.stages} shards={wishes.shards}, is no longer possible",)
         reasons = why(search, chosen, context, reserve=reserve, extra=extra, cut_short=outcome.cut_short)
-        return chosen.plan(model, context, reasons)
-    missing = shortfalls(snapshot, model, context, wishes, strategy=strategy, outcome=outcome)
+        return chosen.plan(model, context, reasons, wishes.wish)
+    missing = shortfalls(snapshot, model, context, wishes, strategy=strategy, outcome=outcome, origin=origin)
     raise NoFeasiblePlan(model.name, missing, look(snapshot, model, wishes).notes)
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
-from topology.constraints import Constraints, nearest
-from topology.errors import ConstraintError, TopologyError
+from topology.constraints import Constraints
+from topology.eligible import allowed_device, allowed_sites
+from topology.errors import TopologyError
 from topology.model import DTYPE_BYTES, ModelSpec
+from topology.needs import meeting
 from topology.snapshot import Device, Link, Site, Snapshot
 
 #: Bounds of what is believed: a minute of round trip, 10 TB/s of link, 1 EB of memory, 1 PB/s, 1 ZFLOP/s.
@@ -25,6 +27,8 @@ MAX_MEMORY_BANDWIDTH: Final = 1e15
 MAX_FLOPS: Final = 1e21
 #: A device busier than this is no device to plan with.
 MAX_LOAD: Final = 0.99
+#: Most that an hour of a device or a site is believed to cost.
+MAX_PRICE: Final = 1e6
 
 #: Round trip of a pair nobody measured, where no pair was: about the longest between AWS regions (Frankfurt-Sydney,
 #: 282 ms; cloudping.co, January 2019). Where any pair was measured, the largest measured round trip is taken instead.
@@ -45,6 +49,7 @@ class Node:
     speed: float
     flops: float
     usable_bytes: int
+    price_per_hour: float = 0.0
 
     def __hash__(self) -> int:
         """Of the names alone, which are unique in a picture: islands are looked up by the ten thousand."""
@@ -82,11 +87,16 @@ class Path:
 
 @dataclass(frozen=True)
 class Picture:
-    """Usable devices by site (fastest first), paths between sites (a site to itself: between its devices), notes."""
+    """Usable devices by site (fastest first), paths between sites (a site to itself: between its devices), notes.
+
+    `origin` is the site where the job was submitted, if known.
+    """
 
     nodes: Mapping[str, tuple[Node, ...]]
     paths: Mapping[tuple[str, str], Path]
     notes: tuple[str, ...]
+    origin: str | None = None
+    site_prices: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -96,6 +106,12 @@ class Picture:
     def path(self, source: str, target: str) -> Path:
         """The path from one site to another."""
         return self.paths[source, target]
+
+    def price_per_hour(self, nodes: Iterable[Node]) -> float:
+        """What these devices and their sites cost an hour, together."""
+        used = list(nodes)
+        sites = {node.site for node in used}
+        return math.fsum([n.price_per_hour for n in used] + [self.site_prices.get(name, 0.0) for name in sites])
 
     @property
     def usable_bytes(self) -> int:
@@ -110,46 +126,30 @@ def look(
     *,
     reserve: bool = True,
     ignore_unreachable: bool = False,
+    origin: str | None = None,
 ) -> Picture:
-    """The picture under the constraints that choose sites.
+    """The picture under the constraints that choose sites and devices.
 
     `reserve`: keep each device's reserve free. `ignore_unreachable` treats cut pairs as not measured, to find out what
     they cost. Raises TopologyError where the snapshot names a site or a device twice.
     """
     allowed = allowed_sites(snapshot, constraints)
+    sites = [site for site in snapshot.sites if site.name in allowed]
     notes: list[str] = []
+    sound = [(site, device) for site in sites for device in _sound(site, constraints, notes)]
+    if constraints.needs:
+        met, said = meeting(sound, snapshot.links, constraints.needs, model.dtype)
+        sound = [(site, device) for site, device in sound if (site.name, device.name) in met]
+        notes += said
     nodes: dict[str, tuple[Node, ...]] = {}
-    for site in snapshot.sites:
-        if site.name in allowed:
-            usable = _nodes(site, model, reserve, notes)
-            if usable:
-                nodes[site.name] = usable
-    return Picture(nodes, _paths(snapshot, sorted(nodes), ignore_unreachable, notes), tuple(notes))
-
-
-def check_names(snapshot: Snapshot, constraints: Constraints) -> None:
-    """Raises ConstraintError where a constraint names a site or region that the snapshot does not hold."""
-    sites = [site.name for site in snapshot.sites]
-    regions = {site.region for site in snapshot.sites if site.region}
-    for key, names, known in (
-        ("sites", constraints.sites, sites),
-        ("exclude_sites", constraints.exclude_sites, sites),
-        ("regions", constraints.regions, regions),
-    ):
-        for name in names:
-            if name not in known:
-                raise ConstraintError(f"{key} names {name!r}, which is unknown: {nearest(name, known, 'known')}")
-
-
-def allowed_sites(snapshot: Snapshot, constraints: Constraints) -> frozenset[str]:
-    """Names of the sites on which the constraints let a model run."""
-    return frozenset(
-        site.name
-        for site in snapshot.sites
-        if (not constraints.sites or site.name in constraints.sites)
-        and (not constraints.regions or site.region in constraints.regions)
-        and site.name not in constraints.exclude_sites
-    )
+    for site in sites:
+        found = (_node(site, device, model, reserve, notes) for owner, device in sound if owner is site)
+        usable = tuple(sorted((node for node in found if node is not None), key=lambda node: node.rank))
+        if usable:
+            nodes[site.name] = usable
+    prices = {site.name: site.price_per_hour for site in sites if _within(site.price_per_hour, MAX_PRICE, zero=True)}
+    paths = _paths(snapshot, sorted(nodes), ignore_unreachable, notes)
+    return Picture(nodes, paths, tuple(notes), origin, prices)
 
 
 def _within(value: object, most: float, *, zero: bool = False) -> bool:
@@ -158,27 +158,32 @@ def _within(value: object, most: float, *, zero: bool = False) -> bool:
     return (value >= 0 if zero else value > 0) and value <= most
 
 
-def _nodes(site: Site, model: ModelSpec, reserve: bool, notes: list[str]) -> tuple[Node, ...]:
-    nodes = []
+def _sound(site: Site, constraints: Constraints, notes: list[str]) -> list[Device]:
+    """The devices that may be planned with, by name."""
+    if len({device.name for device in site.devices}) != len(site.devices):
+        raise TopologyError(f"site {site.name} names a device twice: give its devices different names")
+    sound = []
     for device in sorted(site.devices, key=lambda device: device.name):
         problem = _problem(device)
         if problem:
             notes.append(f"{site.name}/{device.name} left out: {problem}")
-            continue
-        flops = device.flops.get(model.dtype)
-        if flops is None:
-            flops, instead = _derived(device, model.dtype)
-            notes.append(f"{site.name}/{device.name} has no measured {model.dtype} speed, {instead} is assumed")
-        # At a batch of one a weight is read once for two operations: the roofline's lower branch is nearly always it.
-        speed = min(device.memory_bandwidth, flops * model.weight_bytes / 2) * (1 - device.load)
-        free = min(device.free_bytes, device.memory_bytes)
-        kept = device.reserve * device.memory_bytes if reserve else 0.0
-        usable = max(math.floor(free - kept), 0)
-        if usable:
-            nodes.append(Node(site.name, device.name, speed, flops * (1 - device.load), usable))
-    if len({device.name for device in site.devices}) != len(site.devices):
-        raise TopologyError(f"site {site.name} names a device twice: give its devices different names")
-    return tuple(sorted(nodes, key=lambda node: node.rank))
+        elif allowed_device(device, constraints):
+            sound.append(device)
+    return sound
+
+
+def _node(site: Site, device: Device, model: ModelSpec, reserve: bool, notes: list[str]) -> Node | None:
+    flops = device.flops.get(model.dtype)
+    if flops is None:
+        flops, instead = _derived(device, model.dtype)
+        notes.append(f"{site.name}/{device.name} has no measured {model.dtype} speed, {instead} is assumed")
+    # At a batch of one a weight is read once for two operations: the roofline's lower branch is nearly always it.
+    idle = 1 - device.load
+    speed = min(device.memory_bandwidth, flops * model.weight_bytes / 2) * idle
+    free = min(device.free_bytes, device.memory_bytes)
+    kept = device.reserve * device.memory_bytes if reserve else 0.0
+    usable = max(math.floor(free - kept), 0)
+    return Node(site.name, device.name, speed, flops * idle, usable, device.price_per_hour) if usable else None
 
 
 def _derived(device: Device, dtype: str) -> tuple[float, str]:
@@ -207,6 +212,8 @@ def _problem(device: Device) -> str:
         return f"memory_bandwidth is {device.memory_bandwidth}"
     if not _within(device.reserve, 1.0, zero=True):
         return f"reserve is {device.reserve}"
+    if not _within(device.price_per_hour, MAX_PRICE, zero=True):
+        return f"price_per_hour is {device.price_per_hour}"
     if not _within(device.load, MAX_LOAD, zero=True):
         return f"load is {device.load}"
     if not device.flops:

@@ -5,7 +5,8 @@ A plan is a value. It is made by `topology.partition`, carried as JSON between p
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from topology.model import ModelSpec
@@ -17,6 +18,7 @@ class Shard:
 
     `kv_heads` is the range of KV-head groups (q heads follow: heads // kv_heads of them per group), `columns` the range
     of MLP columns, `vocabulary` the range of head rows this shard computes (empty unless the stage is the last).
+    `dtype` is what this shard's weights are held in where that is not the model's own.
     """
 
     site: str
@@ -25,6 +27,7 @@ class Shard:
     columns: tuple[int, int]
     vocabulary: tuple[int, int]
     memory_bytes: int
+    dtype: str = ""
 
     @property
     def key(self) -> str:
@@ -34,11 +37,15 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A run of consecutive layers `[start, end)` held by one island. `shards[0]` leads: it talks to the ring."""
+    """A run of consecutive layers `[start, end)` held by one island. `shards[0]` leads: it talks to the ring.
+
+    `code` is the lossy code of the hidden states it sends on, empty where they travel as they are.
+    """
 
     start: int
     end: int
     shards: tuple[Shard, ...]
+    code: str = ""
 
     @property
     def lead(self) -> Shard:
@@ -50,7 +57,9 @@ class Stage:
 class Predicted:
     """What the cost model expects, for a batch of one. Milliseconds, tokens a second, bytes.
 
-    `saturated_tokens_per_s` is the rate over many requests at once, with every stage busy: one over the slowest stage.
+    `saturated_tokens_per_s` is the rate over many requests at once, with every stage busy: one over the slowest stage,
+    less where the plan's `concurrency` is too small for that, and the sum over all rings where there are replicas.
+    `price_per_hour` is that of all devices and sites, standbys and replicas included.
     """
 
     token_ms: float
@@ -59,14 +68,69 @@ class Predicted:
     first_token_ms: float
     tokens_per_s: float
     saturated_tokens_per_s: float = 0.0
+    price_per_hour: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Standby:
+    """A device that holds the weights of shard `rank` of stage `stage` without serving them, and what they take."""
+
+    site: str
+    device: str
+    stage: int
+    rank: int
+    memory_bytes: int
+
+    @property
+    def key(self) -> str:
+        """`site/device`."""
+        return f"{self.site}/{self.device}"
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """A further ring of the same model. `share` is the part of the requests it takes; the rates are its own."""
+
+    stages: tuple[Stage, ...]
+    share: float
+    token_ms: float
+    tokens_per_s: float
+
+    @property
+    def ring(self) -> tuple[str, ...]:
+        """The sites of the stage leads, in the order the token visits them."""
+        return tuple(stage.lead.site for stage in self.stages)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One plan among those that were weighed, in figures: `tokens_per_s` is the rate over many requests.
+
+    `layout` names the devices, "+" within a stage and "|" between stages; `counts` are the layers of each stage.
+    `costs` says what taking it instead of the chosen plan would cost, where that is asked.
+    """
+
+    layout: str
+    counts: tuple[int, ...]
+    token_ms: float
+    tokens_per_s: float
+    first_token_ms: float
+    price_per_hour: float = 0.0
+    chosen: bool = False
+    costs: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Stages in ring order (the last samples and hands the token to the first), predictions and reasons.
 
-    `context` is the longest sequence the KV caches were sized for. `why` holds one sentence per choice, with numbers.
-    `strategy` is what the plan does: "single", "tensor_parallelism", "pipeline" or "hybrid".
+    `context` is the longest sequence the KV caches were sized for, `concurrency` how many of them. `why` holds one
+    sentence per choice, with numbers. `strategy` is what the plan does: "single", "tensor_parallelism", "pipeline" or
+    "hybrid". `objective` is what it was chosen for: one of `constraints.OBJECTIVES`, or "fewest_sites".
+
+    `in_flight` is the number of micro-batches under way that keep every stage busy. `share` is the part of the requests
+    that these stages take, the rest goes to `replicas`. `pareto` is the front of (token_ms, tokens_per_s), fastest
+    token first; `alternatives` are the next best plans. `displaces` names the jobs that must give way.
     """
 
     model: ModelSpec
@@ -75,6 +139,15 @@ class Plan:
     stages: tuple[Stage, ...]
     predicted: Predicted
     why: tuple[str, ...]
+    objective: str = "fewest_sites"
+    concurrency: int = 1
+    in_flight: int = 1
+    share: float = 1.0
+    standbys: tuple[Standby, ...] = ()
+    replicas: tuple[Replica, ...] = ()
+    pareto: tuple[Choice, ...] = ()
+    alternatives: tuple[Choice, ...] = ()
+    displaces: tuple[str, ...] = ()
 
     @property
     def ring(self) -> tuple[str, ...]:
@@ -83,13 +156,23 @@ class Plan:
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Every site that takes part, sorted."""
+        """Every site that takes part, sorted. Standbys and replicas do not count."""
         return tuple(sorted({shard.site for stage in self.stages for shard in stage.shards}))
 
     @property
     def shards(self) -> tuple[Shard, ...]:
-        """Every shard of every stage, in ring order."""
+        """Every shard of every stage, in ring order. Standbys and replicas do not count."""
         return tuple(shard for stage in self.stages for shard in stage.shards)
+
+    @property
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes by `site/device`, standbys and replicas included."""
+        rings = [self.stages, *(replica.stages for replica in self.replicas)]
+        shards = [shard for stages in rings for stage in stages for shard in stage.shards]
+        total: dict[str, int] = {}
+        for key, size in [(s.key, s.memory_bytes) for s in shards] + [(s.key, s.memory_bytes) for s in self.standbys]:
+            total[key] = total.get(key, 0) + size
+        return total
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON document, the inverse of `from_dict`. Adds `ring` and `sites` for readers."""
@@ -100,21 +183,47 @@ class Plan:
 
     @classmethod
     def from_dict(cls, document: dict[str, Any]) -> Plan:
-        """Rebuild a plan from its document. Raises KeyError or TypeError where the document is not one."""
+        """Rebuild a plan from its document. Raises KeyError or TypeError where the document is not one.
+
+        Fields that came later than the document take their defaults; fields this version does not know are ignored.
+        """
+        plain = ("objective", "concurrency", "in_flight", "share")
         return cls(
             model=ModelSpec.from_dict(document["model"]),
             strategy=document["strategy"],
             context=document["context"],
             stages=tuple(_stage(stage) for stage in document["stages"]),
-            predicted=Predicted(**document["predicted"]),
+            predicted=Predicted(**_known(Predicted, document["predicted"])),
             why=tuple(document["why"]),
+            **{name: document[name] for name in plain if name in document},
+            standbys=tuple(Standby(**_known(Standby, each)) for each in document.get("standbys", ())),
+            replicas=tuple(_replica(each) for each in document.get("replicas", ())),
+            pareto=tuple(_choice(each) for each in document.get("pareto", ())),
+            alternatives=tuple(_choice(each) for each in document.get("alternatives", ())),
+            displaces=tuple(document.get("displaces", ())),
         )
 
 
+def _known(kind: type, document: Mapping[str, Any]) -> dict[str, Any]:
+    names = {f.name for f in fields(kind)}
+    return {name: value for name, value in document.items() if name in names}
+
+
 def _stage(document: dict[str, Any]) -> Stage:
-    return Stage(document["start"], document["end"], tuple(_shard(shard) for shard in document["shards"]))
+    shards = tuple(_shard(shard) for shard in document["shards"])
+    return Stage(document["start"], document["end"], shards, document.get("code", ""))
 
 
 def _shard(document: dict[str, Any]) -> Shard:
     ranges = {key: (document[key][0], document[key][1]) for key in ("kv_heads", "columns", "vocabulary")}
-    return Shard(document["site"], document["device"], **ranges, memory_bytes=document["memory_bytes"])
+    memory_bytes, dtype = document["memory_bytes"], document.get("dtype", "")
+    return Shard(document["site"], document["device"], **ranges, memory_bytes=memory_bytes, dtype=dtype)
+
+
+def _replica(document: dict[str, Any]) -> Replica:
+    stages = tuple(_stage(stage) for stage in document["stages"])
+    return Replica(**{**_known(Replica, document), "stages": stages})
+
+
+def _choice(document: dict[str, Any]) -> Choice:
+    return Choice(**{**_known(Choice, document), "counts": tuple(document["counts"])})

@@ -56,17 +56,17 @@ class Search:
         """Look at one site, then at pairs, and so on, as far as `min_latency` and the limits ask."""
         best: Candidate | None = None
         fastest: Candidate | None = None
-        wish = self.constraints.min_latency
+        wish = self.constraints.wish
         for size in range(1, self._most_sites() + 1):
             for names in self._sets(size, best):
                 candidate = self.on(names)
                 if candidate is None:
                     continue
-                if fastest is None or candidate.cost("low") < fastest.cost("low"):
+                if fastest is None or candidate.cost("latency") < fastest.cost("latency"):
                     fastest = candidate
                 if self.meets(candidate) and (best is None or candidate.cost(wish) < best.cost(wish)):
                     best = candidate
-            if (best is not None and wish == "medium") or self.exhausted:
+            if (best is not None and wish == "fewest_sites") or self.exhausted:
                 break
         return Outcome(best, fastest, self.exhausted)
 
@@ -76,9 +76,8 @@ class Search:
         return self.assembler.work >= MAX_WORK
 
     def meets(self, candidate: Candidate) -> bool:
-        """Whether the candidate is within the latency limit."""
-        limit = self.constraints.max_token_latency_ms
-        return limit is None or candidate.token_s * 1e3 <= limit
+        """Whether the candidate is within every limit."""
+        return candidate.excess == 0
 
     def on(self, names: frozenset[str]) -> Candidate | None:
         """The candidate for exactly these sites, by the strategy's own preference among layouts."""
@@ -87,8 +86,8 @@ class Search:
         return self._found[names]
 
     def _preferred(self, names: frozenset[str]) -> Candidate | None:
-        wish = self.constraints.min_latency
-        if self.strategy == "tensor_parallelism" and wish != "low" and not self.constraints.forced:
+        wish = self.constraints.wish
+        if self.strategy == "tensor_parallelism" and wish != "latency" and not self.constraints.forced:
             wide = self._least(
                 self._choose([self._only(block, widest=True) for block in blocks])
                 for blocks in self._partitions(names)
@@ -102,7 +101,7 @@ class Search:
 
     def _least(self, candidates: Iterable[Candidate | None]) -> Candidate | None:
         best: Candidate | None = None
-        wish = self.constraints.min_latency
+        wish = self.constraints.wish
         for candidate in candidates:
             if candidate is not None and (best is None or candidate.cost(wish) < best.cost(wish)):
                 best = candidate
@@ -148,7 +147,7 @@ class Search:
 
     def _descend(self, blocks: Sequence[Block]) -> Candidate | None:
         """Change one site's layout at a time while that helps, from the roomiest choice and from the fastest."""
-        wish = self.constraints.min_latency
+        wish = self.constraints.wish
         starts = [
             [max(block, key=lambda layout: (layout.usable_bytes, -len(layout.islands))) for block in blocks],
             [max(block, key=lambda layout: sum(node.speed for node in layout.islands[0])) for block in blocks],
@@ -229,7 +228,7 @@ class Search:
 
     def _hopeless(self, names: frozenset[str], best: Candidate | None) -> bool:
         """Whether a lower bound on the latency of these sites is above what is found already."""
-        if best is None or self.constraints.min_latency != "low":
+        if best is None or self.constraints.wish != "latency":
             return False
         blocks = [group for group in self._clusters if group <= names] + [frozenset([name]) for name in names]
         speed = max(sum(node.speed for name in group for node in self.picture.nodes[name]) for group in blocks)
@@ -246,7 +245,7 @@ class Search:
             if names is not None and names not in seen:
                 seen.add(names)
                 yield names
-        wish = self.constraints.min_latency
+        wish = self.constraints.wish
         while not self.exhausted:
             done = [(c.cost(wish), names) for names in seen if (c := self._found.get(names)) is not None]
             if not done:

@@ -26,18 +26,21 @@ def shortfalls(
     *,
     strategy: str,
     outcome: Outcome | None,
+    origin: str | None = None,
 ) -> tuple[Shortfall, ...]:
     """Per constraint, what is required, available and missing. Never empty."""
 
     def tried(wishes: Constraints, *, ignore_unreachable: bool = False) -> Candidate | None:
-        picture = look(snapshot, model, wishes, reserve=False, ignore_unreachable=ignore_unreachable)
+        picture = look(snapshot, model, wishes, reserve=False, ignore_unreachable=ignore_unreachable, origin=origin)
         return Search(picture, model, context, wishes, strategy).run().best
 
-    picture = look(snapshot, model, constraints, reserve=False)
+    picture = look(snapshot, model, constraints, reserve=False, origin=origin)
     found: list[Shortfall] = []
     limit = constraints.max_token_latency_ms
     if limit is not None and outcome is not None and outcome.fastest is not None:
-        quickest = tried(replace(constraints, max_token_latency_ms=None, min_latency="low")) or outcome.fastest
+        quickest = (
+            tried(replace(constraints, max_token_latency_ms=None, min_latency="low", objective=None)) or outcome.fastest
+        )
         took = quickest.token_s * 1e3
         return (Shortfall("max_token_latency_ms", limit, took, took - limit, "ms"),)
     if not picture.sites:

@@ -10,12 +10,28 @@ import networkx as nx
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """Weights that a device has in memory or on its disk: layers `[start, end)` of a model, by name and dtype.
+
+    `kv_heads` and `columns` are ranges as in `topology.plan.Shard`.
+    """
+
+    model: str
+    dtype: str
+    start: int
+    end: int
+    kv_heads: tuple[int, int]
+    columns: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Device:
     """A device and its measured speed. `flops` is matrix-product FLOP/s by dtype name; `memory_bandwidth` is bytes/s.
 
     `memory_bytes` is what jobs may use in all, `free_bytes` what is left of it now. `reserve` is the fraction of
     `memory_bytes` kept back so that the loss of another site can be absorbed; a plan uses it only if nothing else fits.
-    `price_per_hour` is in any currency, one for the whole mesh. `load`: the share of its time others take.
+    `price_per_hour` is in any currency, one for the whole mesh. `load`: the share of its time others take. `held` is
+    what lies there already: of plans equally good, the one that moves less is taken.
     """
 
     name: str
@@ -28,13 +44,15 @@ class Device:
     reserve: float = 0.2
     price_per_hour: float = 0.0
     load: float = 0.0
+    held: tuple[Held, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
     """A site with its devices. `local_rtt_s` and `local_bandwidth` (bytes/s) describe the link between its devices.
 
-    `trusted` is False for a site that must not see what the user keeps to trusted sites.
+    `trusted` is False for a site that must not see what the user keeps to trusted sites. `price_per_hour` is paid where
+    any of its devices is used.
     """
 
     name: str
@@ -43,6 +61,7 @@ class Site:
     local_rtt_s: float = 20e-6
     local_bandwidth: float = 2e9
     trusted: bool = True
+    price_per_hour: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +131,15 @@ class Snapshot:
     def from_dict(cls, document: dict[str, Any]) -> Snapshot:
         """Rebuild a snapshot. Raises KeyError or TypeError where the document is not one."""
         sites = tuple(
-            Site(**{**site, "devices": tuple(Device(**device) for device in site["devices"])})
+            Site(**{**site, "devices": tuple(_device(device) for device in site["devices"])})
             for site in document["sites"]
         )
         return cls(sites, tuple(Link(**link) for link in document["links"]))
+
+
+def _device(document: dict[str, Any]) -> Device:
+    held = tuple(
+        Held(**{**entry, "kv_heads": tuple(entry["kv_heads"]), "columns": tuple(entry["columns"])})
+        for entry in document.get("held", ())
+    )
+    return Device(**{**document, "held": held})

@@ -7,7 +7,7 @@ from typing import Any
 from mesh.errors import RequestError
 
 #: Keys whose value is a list, written with commas.
-LISTS = frozenset({"sites", "exclude_sites", "regions"})
+LISTS = frozenset({"sites", "exclude_sites", "regions", "exclude_regions", "vendors", "needs", "codes"})
 
 
 def parse(options: list[str]) -> dict[str, Any]:

@@ -102,7 +102,9 @@ class Coordinator:
         # The job's own present shards make room for the next ones.
         held = {shard.key: shard.memory_bytes for shard in self.job.plan.shards} if self.job.plan else {}
         snapshot = self._view.snapshot().without(self._avoid()).with_freed(held)
-        return partition(snapshot, spec, constraints, strategy=self.job.strategy, previous=self.job.plan)
+        return partition(
+            snapshot, spec, constraints, strategy=self.job.strategy, previous=self.job.plan, origin=self.job.owner
+        )
 
     async def _turns(self) -> None:
         assert self._info is not None
