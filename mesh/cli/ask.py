@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mesh.cli.frame import Debug, Json, Peer, print_json
+from mesh.errors import ConfigError
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face id, a folder or a .gguf file.")]
 Strategy = Annotated[
@@ -52,22 +54,67 @@ def topology(*, peer: Peer = None, json: Json = False, debug: Debug = False) -> 
 
 
 def plan(
-    model: Model,
+    model: Annotated[str | None, typer.Argument(metavar="MODEL", help="As --model.")] = None,
     *,
+    model_option: Annotated[
+        str | None,
+        typer.Option(
+            "--model", metavar="MODEL", help="A Hugging Face id, a folder, a .gguf file, or a JSON file of its shape."
+        ),
+    ] = None,
+    cluster: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Plan for the cluster in this JSON file; no peer is asked.")
+    ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="latency, throughput, first_token, cost or balanced.", show_default=False),
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(metavar="TOKENS", min=1, help="Tokens to size KV caches for [default: 2048].")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(metavar="N", min=1, help="Requests served at once [default: 1].")] = None,
     strategy: Strategy = "auto",
     constraint: ConstraintsOption = None,
+    origin: Annotated[
+        str | None, typer.Option(metavar="SITE", help="With --cluster: the submitting site, which private=true needs.")
+    ] = None,
+    schema: Annotated[
+        str | None, typer.Option(metavar="cluster|model", help="Print the JSON Schema of a file format instead.")
+    ] = None,
     peer: Peer = None,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """The plan a model would get, and why. Runs nothing."""
+    """The plan a model would get, and why. Runs nothing. With --cluster it needs no mesh either."""
     from mesh.cli.constraints import parse
-    from mesh.client.blocking import Mesh
 
-    with Mesh(peer) as mesh:
-        made = mesh.plan(model, strategy, parse(constraint or []))
+    if schema is not None:
+        from mesh.cli.offline import schema as schema_of
+
+        print_json(schema_of(schema))
+        return
+    if model is not None and model_option is not None:
+        raise ConfigError("give the model once, as MODEL or as --model (see `mesh plan --help`)")
+    name = model if model is not None else model_option
+    if name is None:
+        raise ConfigError("Missing argument 'MODEL' (see `mesh plan --help`)")
+    if cluster is not None and peer is not None:
+        raise ConfigError("--cluster plans without a mesh: leave --peer out, or --cluster (see `mesh plan --help`)")
+    if cluster is None and origin is not None:
+        raise ConfigError("--origin goes with --cluster: a peer is its own origin (see `mesh plan --help`)")
+    wishes = parse(constraint or [], {"objective": objective, "context": context, "concurrency": batch})
+    if cluster is not None:
+        from mesh.cli.offline import plan_offline
+
+        made, document = plan_offline(cluster, name, strategy, wishes, origin=origin)
+    else:
+        from mesh.client.blocking import Mesh
+
+        with Mesh(peer) as mesh:
+            made = mesh.plan(name, strategy, wishes)
+        document = made.to_dict()
     if json:
-        print_json(made.to_dict())
+        print_json(document)
         return
     from mesh.cli.tables import show_plan
 

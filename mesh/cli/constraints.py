@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from mesh.errors import RequestError
@@ -9,10 +10,16 @@ from mesh.errors import RequestError
 #: Keys whose value is a list, written with commas.
 LISTS = frozenset({"sites", "exclude_sites", "regions", "exclude_regions", "vendors", "needs", "codes"})
 
+#: Words for what is on and off.
+FLAGS = {"true": True, "yes": True, "false": False, "no": False}
 
-def parse(options: list[str]) -> dict[str, Any]:
-    """The constraints as a mapping. A list's key may be repeated. Raises RequestError for what is not KEY=VALUE."""
-    result: dict[str, Any] = {}
+
+def parse(options: list[str], named: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The constraints as a mapping. A list's key may be repeated. `named` have options of their own, None is not given.
+
+    Raises RequestError for what is not KEY=VALUE.
+    """
+    result: dict[str, Any] = {key: value for key, value in (named or {}).items() if value is not None}
     for option in options:
         key, equals, text = option.partition("=")
         key, text = key.strip().replace("-", "_"), text.strip()
@@ -29,7 +36,9 @@ def parse(options: list[str]) -> dict[str, Any]:
     return result
 
 
-def _number(text: str) -> int | float | str:
+def _number(text: str) -> bool | int | float | str:
+    if text.lower() in FLAGS:
+        return FLAGS[text.lower()]
     for kind in (int, float):
         try:
             return kind(text)
