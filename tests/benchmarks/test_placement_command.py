@@ -1,0 +1,160 @@
+"""`python -m benchmarks.placement`: its answers are what they say, and mistakes in a case are named by their place."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import pytest
+
+from benchmarks import placement
+
+CASE: dict[str, Any] = {
+    "case": "small",
+    "model": {"name": "tiny", "layers": 6, "activation_bytes_per_token": 1000, "token_bytes": 2},
+    "nodes": [{"id": i, "type": "A" if i < 2 else "B"} for i in range(5)],
+    "links": [
+        *(["source", i, 1_000_000, 20.0] for i in range(5)),
+        *([i, "sink", 1_000_000, 20.0] for i in range(5)),
+        *([i, j, 1e8 if (i < 2) == (j < 2) else 1e5, 1.0 if (i < 2) == (j < 2) else 40.0]
+          for i in range(5) for j in range(i + 1, 5)),
+    ],
+    "links_bidirectional_except_source_sink": True,
+    "device_profiles": {
+        "A": {"max_layers": 3, "tokens_per_s_by_layer_count": {"1": 900.0, "2": 400.0, "3": 250.0}},
+        "B": {"max_layers": 2, "tokens_per_s_by_layer_count": {"1": 300.0, "2": 140.0}},
+    },
+}  # fmt: skip
+
+
+def run(case: Any, folder: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str, str]:
+    path = folder / "case.json"
+    path.write_text(case if isinstance(case, str) else json.dumps(case))
+    code = placement.main([str(path), "--iterations", "2000", *more])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def recomputed(case: dict[str, Any], layout: dict[str, list[int]]) -> float:
+    """The flow of a layout, from the file alone."""
+    graph: nx.DiGraph[Any] = nx.DiGraph()
+    graph.add_nodes_from(("source", "sink"))
+    layers, model = case["model"]["layers"], case["model"]
+    types = {str(node["id"]): node["type"] for node in case["nodes"]}
+    for name, (start, end) in layout.items():
+        rates = case["device_profiles"][types[name]]["tokens_per_s_by_layer_count"]
+        graph.add_edge(("in", name), ("out", name), capacity=rates[str(end - start)])
+    for a, b, bandwidth, _ in case["links"]:
+        if a == "source":
+            if layout[str(b)][0] == 0:
+                graph.add_edge("source", ("in", str(b)), capacity=bandwidth / model["token_bytes"])
+        elif b == "sink":
+            if layout[str(a)][1] == layers:
+                graph.add_edge(("out", str(a)), "sink", capacity=bandwidth / model["token_bytes"])
+        else:
+            for x, y in ((str(a), str(b)), (str(b), str(a))):
+                if layout[x][1] == layout[y][0]:
+                    capacity = bandwidth / model["activation_bytes_per_token"]
+                    graph.add_edge(("out", x), ("in", y), capacity=capacity)
+    return float(nx.maximum_flow_value(graph, "source", "sink"))
+
+
+def test_the_answer_is_what_networkx_computes_from_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(CASE, tmp_path, capsys, "--json", "--seconds", "20")
+    assert (code, err) == (0, "")
+    answer = json.loads(out)
+    assert answer["flow_tokens_per_s"] > 0
+    assert answer["network_ms_per_token"] > 40
+    assert answer["seconds"] < 20
+    for entry in [answer, *answer["front"]]:
+        assert set(entry["layout"]) == {"0", "1", "2", "3", "4"}
+        assert recomputed(CASE, entry["layout"]) == pytest.approx(entry["flow_tokens_per_s"])
+        assert entry["flow_tokens_per_s"] <= answer["bound_tokens_per_s"] + 1e-6
+
+
+def test_the_same_seed_gives_the_same_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answers = [json.loads(run(CASE, tmp_path, capsys, "--json", "--seed", "7")[1]) for _ in range(2)]
+    for answer in answers:
+        del answer["seconds"]
+    assert answers[0] == answers[1]
+
+
+def test_people_get_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(CASE, tmp_path, capsys)
+    assert code == 0
+    assert "tokens/s" in out
+    assert "{" not in out
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    """The case with one value replaced, or removed where `value` is `...`."""
+    case = copy.deepcopy(CASE)
+    at: Any = case
+    *steps, last = [int(step) if step.isdigit() and "count" not in path else step for step in path.split("/")]
+    for step in steps:
+        at = at[step]
+    if value is ...:
+        del at[last]
+    else:
+        at[last] = value
+    return case
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "place"),
+    [
+        ("model", ..., "$.model"),
+        ("model/layers", ..., "$.model.layers"),
+        ("model/layers", 0, "$.model.layers"),
+        ("model/layers", "80", "$.model.layers"),
+        ("model/layers", 6.5, "$.model.layers"),
+        ("model/token_bytes", 0, "$.model.token_bytes"),
+        ("model/activation_bytes_per_token", True, "$.model.activation_bytes_per_token"),
+        ("nodes", ..., "$.nodes"),
+        ("nodes", [], "$.nodes"),
+        ("nodes", {}, "$.nodes"),
+        ("nodes/2", 3, "$.nodes[2]"),
+        ("nodes/3/type", "C", "$.nodes[3].type"),
+        ("nodes/3/type", ..., "$.nodes[3].type"),
+        ("nodes/1/id", 0, "$.nodes[1].id"),
+        ("nodes/1/id", None, "$.nodes[1].id"),
+        ("nodes/1/id", "sink", "$.nodes[1].id"),
+        ("links", ..., "$.links"),
+        ("links/4/2", -1, "$.links[4][2]"),
+        ("links/4/2", "fast", "$.links[4][2]"),
+        ("links/4/3", float("nan"), "$.links[4][3]"),
+        ("links/4", [1, 2], "$.links[4][2]"),
+        ("links/12/1", 99, "$.links[12][1]"),
+        ("links/12/0", "sink", "$.links[12][0]"),
+        ("links/11", ["source", 1, 5, 5], "$.links[11]"),
+        ("links/11", [1, 1, 5, 5], "$.links[11]"),
+        ("device_profiles", ..., "$.device_profiles"),
+        ("device_profiles/A/max_layers", ..., "$.device_profiles.A.max_layers"),
+        ("device_profiles/A/tokens_per_s_by_layer_count/2", ..., "$.device_profiles.A"),
+        ("device_profiles/B/tokens_per_s_by_layer_count/1", [], "$.device_profiles.B.tokens_per_s_by_layer_count.1"),
+        ("model/layers", 60, "$.nodes"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_its_place(
+    path: str, value: Any, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(changed(path, value), tmp_path, capsys, "--json")
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert f"case.json: {place}: " in err
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "7", '"case"', "{}", '{"case": "dishes"}', "\x00", "[" * 100_000])
+def test_what_is_no_case_is_refused_in_one_line(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(text, tmp_path, capsys, "--json")
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert "case.json" in err
+
+
+def test_a_missing_file_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert placement.main([str(tmp_path / "none.json")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
