@@ -17,9 +17,11 @@ from typing import Any, NamedTuple
 import msgpack
 
 from mesh.gossip import config
-from mesh.gossip.members import ALIVE, RANK, STATES, SUSPECT, Claim
+from mesh.gossip.fingerprint import BUCKET_BYTES, LEAVES, NAME_BYTES, PRINT_BYTES, ROW_BYTES
+from mesh.gossip.members import RANK, STATES, Claim
 from mesh.gossip.messages import (
     Ack,
+    Buckets,
     Digest,
     Message,
     Nack,
@@ -28,17 +30,17 @@ from mesh.gossip.messages import (
     PingRequest,
     Rumour,
     Sender,
-    SyncRequest,
+    Summary,
     Taken,
+    Want,
 )
-from mesh.gossip.proof import MAX_PROOF_BYTES, RESERVED_PREFIX
+from mesh.gossip.proof import CLUSTER, MAX_PROOF_BYTES, RESERVED_PREFIX
 from mesh.gossip.sealing import Foreign, Forged, Malformed, Opened, Sealer, Unsealed
 
 __all__ = ["Codec", "Datagram", "Foreign", "Malformed", "Opened", "Sealer", "Unsealed", "pack_message", "pack_sender"]
 
 MAGIC = b"ISTM"
 VERSION = 2
-FINGERPRINT_BYTES = 8
 #: msgpack's array 16; its length follows in two bytes.
 _LIST = b"\xdc"
 
@@ -48,6 +50,8 @@ MAX_MESSAGES = 256
 MAX_STREAM_MESSAGES = 8192
 #: Indirect probes may not bind a helper for longer.
 MAX_BUDGET_MS = 30_000
+#: News is passed on from peer to peer no further than this: twice what a mesh of the largest size needs.
+MAX_HOPS = 16
 
 
 class Datagram(NamedTuple):
@@ -148,10 +152,12 @@ _PACKERS: dict[type, Callable[[Any], bytes]] = {
     Nack: lambda m: _pack([2, *m]),
     PingRequest: lambda m: _pack([3, *m]),
     Rumour: lambda m: _pack([4, *_pack_claim(m.claim)]),
-    Digest: lambda m: _pack([5, *_pack_claim(m.claim), m.generation, m.versions]),
-    SyncRequest: lambda m: _pack([6]),
-    Page: lambda m: _pack([7, *m]),
-    Taken: lambda m: _pack([8, *m]),
+    Buckets: lambda m: _pack([5, *m]),
+    Summary: lambda m: _pack([6, *m]),
+    Want: lambda m: _pack([7, *m]),
+    Digest: lambda m: _pack([8, *m]),
+    Page: lambda m: _pack([9, *m]),
+    Taken: lambda m: _pack([10, *m]),
 }
 
 
@@ -198,6 +204,10 @@ def _name(value: Any) -> str:
     return str(value)
 
 
+def _owner(value: Any) -> str:
+    return CLUSTER if value == CLUSTER else _name(value)
+
+
 def _proof(value: Any) -> bytes:
     if type(value) is not bytes or len(value) > MAX_PROOF_BYTES:
         raise Malformed("not a proof")
@@ -237,7 +247,7 @@ def _claim(fields: list[Any]) -> Claim:
 
 def _sender(item: Any) -> Sender:
     site, address, incarnation, left, fingerprint, proof = _fields(item, 6)
-    if type(left) is not bool or type(fingerprint) is not bytes or len(fingerprint) != FINGERPRINT_BYTES:
+    if type(left) is not bool or type(fingerprint) is not bytes or len(fingerprint) != PRINT_BYTES:
         raise Malformed("bad sender")
     return Sender(_name(site), _address(address), _counter(incarnation), left, fingerprint, _proof(proof))
 
@@ -264,33 +274,60 @@ def _rumour(item: list[Any]) -> Message:
     return Rumour(_claim(_fields(item, 7)[1:]))
 
 
+def _bucket_count(value: Any) -> int:
+    count = _number(value, 1, LEAVES)
+    if LEAVES % count:
+        raise Malformed("not a number of buckets")
+    return count
+
+
+def _packed(value: Any, step: int, low: int, high: int) -> bytes:
+    """Bytes that hold `low` to `high` things of `step` bytes."""
+    if type(value) is not bytes or len(value) % step or not low * step <= len(value) <= high * step:
+        raise Malformed("not packed as it should be")
+    return value
+
+
+def _buckets(item: list[Any]) -> Message:
+    _, total, hashes = _fields(item, 3)
+    total = _bucket_count(total)
+    return Buckets(total, _packed(hashes, BUCKET_BYTES, total, total))
+
+
+def _summary(item: list[Any]) -> Message:
+    _, total, buckets, rows = _fields(item, 4)
+    total, buckets = _bucket_count(total), _packed(buckets, 1, 1, LEAVES)
+    if max(buckets) >= total or len(set(buckets)) < len(buckets):
+        raise Malformed("not these buckets")
+    return Summary(total, buckets, _packed(rows, ROW_BYTES, 0, config.MAX_MEMBERS))
+
+
+def _want(item: list[Any]) -> Message:
+    return Want(_packed(_fields(item, 2)[1], NAME_BYTES, 1, config.MAX_MEMBERS))
+
+
 def _digest(item: list[Any]) -> Message:
-    fields = _fields(item, 9)
-    claim, generation, versions = _claim(fields[1:7]), _number(fields[7], 0, config.MAX_COUNTER), fields[8]
-    if claim.state not in (ALIVE, SUSPECT) or type(versions) is not dict:
+    _, site, incarnation, generation, versions, answer = _fields(item, 6)
+    if type(versions) is not dict or type(answer) is not bool or len(versions) > config.MAX_KEYS_PER_SITE:
         raise Malformed("bad digest")
-    return Digest(claim, generation, {_key(key): _counter(version) for key, version in versions.items()})
-
-
-def _sync_request(item: list[Any]) -> Message:
-    _fields(item, 1)
-    return SyncRequest()
+    held = {_key(key): _counter(version) for key, version in versions.items()}
+    return Digest(_owner(site), _counter(incarnation), _number(generation, 0, config.MAX_COUNTER), held, answer)
 
 
 def _page(item: list[Any]) -> Message:
-    _, owner, generation, key, version, part, parts, data = _fields(item, 8)
+    _, owner, generation, key, version, part, parts, data, proof, hops = _fields(item, 10)
     if type(data) is not bytes or not 0 < len(data) <= config.PAGE_BYTES:
         raise Malformed("bad page")
     parts = _number(parts, 1, config.MAX_PAGES)
-    part = _number(part, 0, parts - 1)
-    return Page(_name(owner), _counter(generation), _key(key), _counter(version), part, parts, data)
+    place = _owner(owner), _counter(generation), _key(key), _counter(version)
+    return Page(*place, _number(part, 0, parts - 1), parts, data, _proof(proof), _number(hops, 0, MAX_HOPS))
 
 
 def _taken(item: list[Any]) -> Message:
     return Taken(_address(_fields(item, 2)[1]))
 
 
-_PARSERS = (_ping, _ack, _nack, _ping_request, _rumour, _digest, _sync_request, _page, _taken)
+_PARSERS = (_ping, _ack, _nack, _ping_request, _rumour, _buckets, _summary, _want, _digest, _page, _taken)
 
 
 def _message(item: Any) -> Message:

@@ -1,10 +1,9 @@
 """One gossip peer without I/O: datagrams and the time go in, datagrams, the next wake-up and events come out.
 
 Membership is `swim`, entries are `state`; this module puts both on the wire. Every datagram starts with the sender's
-claim about itself and a fingerprint of everything it knows of live members: (site, incarnation, entry versions). A ping
-whose fingerprint differs from ours starts an anti-entropy exchange: we send a digest of every live member, the other
-answers with what is newer and with its own digests, we answer those. In the steady state that costs eight bytes a ping.
-What is new (a claim, an entry of our own) does not wait for that: it is pushed to a few members at once.
+claim about itself and a fingerprint of everything it knows of live members (`fingerprint`). A ping whose fingerprint
+differs from ours may start an anti-entropy exchange (`reconcile`); in the steady state that costs eight bytes a ping.
+What is new (a claim, an entry of our own) does not wait for that: it is pushed to a few members at once (`spread`).
 
     core.start(now); loop: core.receive(data, source, now) | core.handle_timer(now at core.next_timer())
     after each call: send core.datagrams(now), carry out core.streams(), hand out core.events()
@@ -17,17 +16,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable
-from hashlib import blake2b
 from typing import Any, ClassVar, NamedTuple
 
-import msgpack
-
-from mesh.gossip.codec import FINGERPRINT_BYTES, MAX_STREAM_MESSAGES, Codec, pack_message, pack_sender
+from mesh.gossip.codec import MAX_STREAM_MESSAGES, Codec, pack_message, pack_sender
 from mesh.gossip.config import MAX_MEMBERS, GossipConfig
+from mesh.gossip.fingerprint import Fingerprints, mark
 from mesh.gossip.links import Links
 from mesh.gossip.members import ALIVE, LEFT, Claim, Member
 from mesh.gossip.messages import (
     Ack,
+    Buckets,
     Digest,
     Message,
     Nack,
@@ -36,26 +34,25 @@ from mesh.gossip.messages import (
     PingRequest,
     Rumour,
     Sender,
-    SyncRequest,
+    Summary,
     Taken,
+    Want,
 )
-from mesh.gossip.proof import Proofs, Prover, Unproven
+from mesh.gossip.proof import CLUSTER, Proofs, Prover, Unproven
+from mesh.gossip.reconcile import Budget, Reconciler
 from mesh.gossip.rtt import Rtt
-from mesh.gossip.sealing import Forged, Malformed, Sealer
-from mesh.gossip.state import State
+from mesh.gossip.sealing import Forged, Malformed, Sealer, Stale
+from mesh.gossip.spread import Spread
+from mesh.gossip.state import Outcome, State
 from mesh.gossip.swim import Swim
 from mesh.gossip.timers import Timer, Timers
 
-#: Pages sent in answer to one datagram of digests; the rest follows with the next exchange.
-MAX_SYNC_PAGES = 64
-#: An exchange that changed nothing on either side (two sites claim one name) is repeated less and less often.
-MAX_SYNC_GAP_S = 5.0
-#: Least time between two exchanges that we start, per member.
-SYNC_PACE_S = 0.005
 #: Streams under way at most; the rest counts as failed at once.
 MAX_STREAMS = 64
 #: Addresses whose site is remembered.
 MAX_PLACES = 4 * MAX_MEMBERS
+#: An answer of anti-entropy from this size on goes over a stream, where there are streams.
+STREAM_FROM_BYTES = 16 * 1024
 #: The entry that tells the mesh what this peer's probes measure.
 LINKS = "links"
 
@@ -90,14 +87,6 @@ class StreamRequest(NamedTuple):
     token: int
 
 
-class _Sync(NamedTuple):
-    """The last exchange with a peer: when, the fingerprints that differed (theirs, ours), how often in a row."""
-
-    when_s: float
-    prints: tuple[bytes, bytes]
-    repeats: int
-
-
 class GossipCore:
     """See the module. Not thread safe; every method takes the time in seconds of one monotonic clock."""
 
@@ -129,18 +118,26 @@ class GossipCore:
         self._tokens = 0
         self._streaming = streaming
         self._timers = Timers(stall_s=self._t.stall_s, grace_s=self._t.grace_s)
-        self._state = State(config.site, config.incarnation)
+        self._state = State(
+            config.site,
+            config.incarnation,
+            sign=self._proofs.sign_entry,
+            holds=self._proofs.entry_holds,
+            touched=self._touched,
+        )
+        self._prints = Fingerprints()
+        self._dirty: dict[str, None] = {config.site: None}
+        self._touches = 0
+        self._reconciler = Reconciler(self._prints, self._state, claim=self._claim, gap_s=self._t.sync_gap_s)
+        self._budget = Budget()
+        self._serving = False
+        self._spread = Spread(self._t.fanout, self._state.pages)
         self._events: list[Event] = []
         self._outbox: dict[str, list[bytes]] = {}
-        self._hot: dict[tuple[str, str], int] = {}
         self._flush: Timer | None = None
         self._flushed_s = -math.inf
-        self._syncs: dict[str, _Sync] = {}
-        self._synced_s = -math.inf
+        self._packed_head: tuple[object, bytes] = (None, b"")
         self._links = Links()
-        self._budget = 0
-        self._touches = 0
-        self._fingerprint: tuple[tuple[int, int], bytes] = ((-1, -1), b"")
         self._swim = Swim(
             config,
             self.address,
@@ -180,7 +177,6 @@ class GossipCore:
         if not self._proofs.holds(Claim(sender.site, sender.address, state, sender.incarnation, proof=sender.proof)):
             raise Forged(f"{sender.site} did not say so")
         self._note_place(source, sender.site)
-        self._budget = MAX_SYNC_PAGES
         if self._swim.hear(sender, source, now):
             for message in messages:
                 self._handlers[type(message)](self, sender, source, message, now)
@@ -234,7 +230,9 @@ class GossipCore:
                     load, left = [], room
                 load.append(message)
                 left -= len(message)
-            load += self._swim.rumours.take(left)
+            claims = self._swim.rumours.take(left)
+            load += claims
+            load += self._spread.ride(left - sum(map(len, claims)))
             if load:
                 send(address, load)
         self.counters["sent"] += len(sent)
@@ -243,7 +241,10 @@ class GossipCore:
 
     def _head(self) -> bytes:
         own = self._swim.own_claim()
-        return pack_sender(Sender(self.site, self.address, own.incarnation, self._swim.left, self._print(), own.proof))
+        said = Sender(self.site, self.address, own.incarnation, self._swim.left, self._print(), own.proof)
+        if self._packed_head[0] != said:
+            self._packed_head = (said, pack_sender(said))
+        return self._packed_head[1]
 
     def events(self) -> list[Event]:
         """What changed since the last call."""
@@ -268,9 +269,11 @@ class GossipCore:
             assert request.sender is not None
             # What is queued for the asker from here on is the answer; what others are sent meanwhile goes its own way.
             outbox, self._outbox = self._outbox, {}
+            self._serving = True
             try:
                 self._hear(request.sender, request.messages, request.sender.address, now)
             finally:
+                self._serving = False
                 answers = self._outbox.pop(request.sender.address, [])
                 for address, messages in self._outbox.items():
                     outbox.setdefault(address, []).extend(messages)
@@ -303,11 +306,14 @@ class GossipCore:
 
     def ask(self, address: str, site: str, messages: Iterable[Message]) -> bool:
         """Queue a request over a stream. False if there are none, or too many under way."""
+        return self._ask(address, site, [pack_message(message) for message in messages])
+
+    def _ask(self, address: str, site: str, packed: list[bytes]) -> bool:
         if not self._streaming or len(self._asked) >= MAX_STREAMS or self._swim.silent:
             return False
         self._tokens += 1
         sender = self._head()
-        load = _fitting([pack_message(message) for message in messages], self._codec.stream_room_bytes(sender))
+        load = _fitting(packed, self._codec.stream_room_bytes(sender))
         request = StreamRequest(address, site, self._codec.join_stream(sender, load), self._tokens)
         self._asked[request.token] = request
         self._asking.append(request)
@@ -343,11 +349,27 @@ class GossipCore:
         """Everybody known, ourselves included, sorted by name."""
         return self._swim.members()
 
-    def publish(self, key: str, value: dict[str, Any], now: float) -> None:
-        """Write an entry of our own and spread it. Raises ValueError if the value is out of bounds."""
+    def publish(self, key: str, value: dict[str, Any], now: float, *, urgent: bool = True) -> None:
+        """Write an entry of our own and spread it. What is not urgent is left to anti-entropy in all but tiny meshes.
+
+        Raises ValueError if the value is out of bounds.
+        """
         if self._state.publish(key, value):
-            self._spread(self.site, key)
+            self._spread.publish(self.site, key, self._others(), urgent=urgent)
             self._push_soon(now)
+
+    def publish_cluster(self, key: str, value: dict[str, Any], version: int, proof: bytes, now: float) -> bool:
+        """Install and spread an entry that the cluster's authority has signed. False if it is not news.
+
+        It belongs to no member (its owner is "@cluster") and is never forgotten. Raises ValueError if the value is out
+        of bounds or the proof is not the authority's.
+        """
+        news = self._state.publish_cluster(key, value, version, proof)
+        if news:
+            self._events.append(Event("updated", CLUSTER, key))
+            self._spread.publish(CLUSTER, key, self._others(), urgent=True)
+            self._push_soon(now)
+        return news
 
     def entry(self, site: str, key: str) -> dict[str, Any] | None:
         """What `site` last published under `key`, also after its death until it is forgotten; or None. A fresh copy."""
@@ -384,41 +406,41 @@ class GossipCore:
     def _on_taken(self, sender: Sender, source: str, message: Taken, now: float) -> None:
         self._swim.taken(sender, message, now)
 
-    def _on_digest(self, sender: Sender, source: str, message: Digest, now: float) -> None:
-        claim = message.claim
-        if not self._consider(claim, now):
-            return
-        if claim.site == self.site:
-            if self._state.defend(message.generation, message.versions):
-                for key in self._state.keys(self.site):
-                    self._spread(self.site, key)
-        else:
-            peer = self._swim.peers.get(claim.site)
-            if peer is not None and peer.claim().beats(claim):
-                self._queue(source, Rumour(peer.claim()))
-            if peer is None or not peer.live:
-                return
-        for key in self._state.newer_than(claim.site, message.generation, message.versions):
-            if self._budget <= 0:
-                break
-            for page in self._state.pages(claim.site, key):
-                self._budget -= 1
-                self._queue(source, page)
+    def _on_buckets(self, sender: Sender, source: str, message: Buckets, now: float) -> None:
+        self._marked()
+        self._answer(source, self._reconciler.on_buckets(message), now)
 
-    def _on_sync_request(self, sender: Sender, source: str, message: SyncRequest, now: float) -> None:
-        self._send_digests(source)
+    def _on_summary(self, sender: Sender, source: str, message: Summary, now: float) -> None:
+        self._marked()
+        self._answer(source, self._reconciler.on_summary(message), now)
+
+    def _on_want(self, sender: Sender, source: str, message: Want, now: float) -> None:
+        self._marked()
+        self._answer(source, self._reconciler.on_want(message), now)
+
+    def _on_digest(self, sender: Sender, source: str, message: Digest, now: float) -> None:
+        self._answer(source, self._reconciler.on_digest(message), now)
 
     def _on_page(self, sender: Sender, source: str, message: Page, now: float) -> None:
-        peer = self._swim.peers.get(message.owner)
-        if peer is None or not peer.live:
-            return
-        before, rejected = self._state.owner(message.owner).generation, self._state.rejected
-        if self._state.take(message, now):
+        owner = message.owner
+        if owner not in (self.site, CLUSTER):
+            peer = self._swim.peers.get(owner)
+            if peer is None or not peer.live:
+                return
+        before = self._state.owner(owner).generation
+        outcome = self._state.take(message, now, sender.site)
+        if outcome is Outcome.NEWS:
             if 0 < before < message.generation:
-                self._events.append(Event("restarted", message.owner))
-            self._events.append(Event("updated", message.owner, message.key))
-            self._spread(message.owner, message.key)
-        self.counters["malformed"] += self._state.rejected - rejected
+                self._events.append(Event("restarted", owner))
+            self._events.append(Event("updated", owner, message.key))
+            self._spread.told(message, sender.site)
+            if not message.hops:
+                self._reconciler.learnt()
+        elif outcome is Outcome.DEFENDED:
+            for key in self._state.keys(self.site):
+                self._spread.publish(self.site, key, self._others(), urgent=True)
+        elif outcome not in (Outcome.WAITING, Outcome.KNOWN):
+            self.counters[outcome.value] += 1
 
     _handlers: ClassVar[dict[type, Callable[[GossipCore, Sender, str, Any, float], None]]] = {
         Ping: _on_ping,
@@ -426,74 +448,102 @@ class GossipCore:
         Nack: _on_nack,
         PingRequest: _on_ping_request,
         Rumour: _on_rumour,
+        Buckets: _on_buckets,
+        Summary: _on_summary,
+        Want: _on_want,
         Digest: _on_digest,
-        SyncRequest: _on_sync_request,
         Page: _on_page,
         Taken: _on_taken,
     }
 
-    def _consider(self, claim: Claim, now: float) -> bool:
+    def _consider(self, claim: Claim, now: float) -> None:
         """Let membership weigh a claim, if its subject once said what it rests on."""
         if not self._proofs.holds(claim):
             self.counters[Forged.counter] += 1
-            return False
+            return
+        held = self._swim.peers.get(claim.site)
+        if held is not None and claim.incarnation < held.incarnation:
+            self.counters[Stale.counter] += 1
+        touches = self._touches
         self._note_place(claim.address, claim.site)
         self._swim.consider(claim, now)
-        return True
+        if self._touches != touches:
+            self._reconciler.learnt()
 
     # ---------------------------------------------------------------- anti-entropy
 
     def _print(self) -> bytes:
-        """A digest of all that live members should agree on. Suspicion is left out: it is not lasting knowledge."""
-        known_at = (self._touches, self._state.changes)
-        if self._fingerprint[0] != known_at:
-            own = self._swim.own_claim()
-            live = [(own.site, own.incarnation)] + [(peer.site, peer.incarnation) for peer in self._swim.live()]
-            known = []
-            for site, incarnation in sorted(live):
-                owner = self._state.owner(site)
-                known.append([site, incarnation, owner.generation, sorted(owner.versions().items())])
-            digest = blake2b(msgpack.packb(known), digest_size=FINGERPRINT_BYTES).digest()
-            self._fingerprint = (known_at, digest)
-        return self._fingerprint[1]
+        """The hash of all that live members should agree on. Suspicion is left out: it is not lasting knowledge."""
+        self._marked()
+        return self._prints.whole()
+
+    def _touched(self, site: str) -> None:
+        """Who lives at which incarnation, or what a site's versions are, has changed."""
+        self._touches += 1
+        self._dirty[site] = None
+
+    def _marked(self) -> None:
+        """Bring the fingerprints up to date, a few sites at a time."""
+        if not self._dirty:
+            return
+        dirty, self._dirty = self._dirty, {}
+        for site in dirty:
+            owner = self._state.owner(site)
+            if site in (self.site, CLUSTER):
+                incarnation = self._swim.incarnation if site == self.site else 1
+            else:
+                peer = self._swim.peers.get(site)
+                if peer is None:
+                    self._prints.drop(site)
+                    continue
+                if not peer.live:
+                    self._prints.set(site, None)
+                    continue
+                incarnation = peer.incarnation
+            self._prints.set(site, mark(site, incarnation, owner.generation, owner.versions()))
+
+    def _claim(self, site: str) -> Claim | None:
+        """What we say of a site."""
+        if site == self.site:
+            return self._swim.own_claim()
+        peer = self._swim.peers.get(site)
+        return None if peer is None else peer.claim()
 
     def _reconcile(self, sender: Sender, source: str, now: float) -> None:
         """Start an exchange with somebody who knows something else, unless we just had one."""
-        if sender.fingerprint == self._print() or self._swim.silent:
+        if self._swim.silent or sender.fingerprint == self._print():
             return
-        # Every exchange names all members, so the more there are, the fewer we start.
-        if now - self._synced_s < SYNC_PACE_S * len(self._swim.peers):
-            return
-        prints = (sender.fingerprint, self._print())
-        last = self._syncs.get(sender.site)
-        repeats = last.repeats + 1 if last is not None and last.prints == prints else 0
-        if last is not None and now - last.when_s < min(self._t.sync_gap_s * 2**repeats, MAX_SYNC_GAP_S):
-            return
-        self._syncs[sender.site] = _Sync(now, prints, repeats)
-        self._synced_s = now
-        self.counters["syncs"] += 1
-        self._send_digests(source)
-        self._queue(source, SyncRequest())
+        opening = self._reconciler.start(sender.site, sender.fingerprint, now)
+        if opening:
+            self.counters["syncs"] += 1
+            self._answer(source, opening, now)
 
-    def _send_digests(self, address: str) -> None:
-        own = [] if self._swim.left else [self._swim.own_claim()]
-        claims = own + [peer.claim() for peer in self._swim.live()]
-        for claim in claims:
-            owner = self._state.owner(claim.site)
-            self._queue(address, Digest(claim, owner.generation, owner.versions()))
+    def _answer(self, address: str, messages: list[Message], now: float) -> None:
+        """Send what anti-entropy has to say: over a stream where it is much, else as datagrams within the budget."""
+        if not messages:
+            return
+        packed = [pack_message(message) for message in messages]
+        size_bytes = sum(map(len, packed))
+        if self._serving:
+            self._outbox.setdefault(address, []).extend(packed)
+            return
+        if size_bytes > STREAM_FROM_BYTES and self._ask(address, self._places.get(address, ""), packed):
+            return
+        queue = self._outbox.setdefault(address, [])
+        for message in packed:
+            if not self._budget.take(len(message), now):
+                self.counters["throttled"] += 1
+                break
+            queue.append(message)
 
     # ---------------------------------------------------------------- spreading news
 
-    def _spread(self, owner: str, key: str) -> None:
-        """Mark an entry as news. Where the owner reaches everybody itself, only the owner pushes it."""
-        others = len(self._swim.live())
-        if owner == self.site:
-            self._hot[owner, key] = 1 if others <= self._t.fanout else math.ceil(math.log10(others + 2))
-        elif others > self._t.fanout:
-            self._hot[owner, key] = 1
+    def _others(self) -> int:
+        """Other live members."""
+        return sum(1 for peer in self._swim.peers.values() if peer.live)
 
     def _push_soon(self, now: float) -> None:
-        pending = self._hot or self._swim.rumours.pushing
+        pending = self._spread.pushing or self._swim.rumours.pushing
         if pending and (self._flush is None or self._flush.cancelled):
             self._flush = self._timers.at(max(now, self._flushed_s + self._t.push_gap_s), self._push)
 
@@ -503,13 +553,13 @@ class GossipCore:
         self._flush = None
         live = self._swim.live()
         targets = self._rng.sample(live, min(self._t.fanout, len(live)))
+        news = self._spread.push() if targets else []
         for target in targets:
             pushed = self._outbox.setdefault(target.address, [])  # even an empty load carries claims
-            for owner, key in self._hot:
-                if owner != target.site:
-                    pushed.extend(pack_message(page) for page in self._state.pages(owner, key))
+            for owner, origin, pages in news:
+                if target.site not in (owner, origin):
+                    pushed.extend(pages)
         self._swim.rumours.pushed()
-        self._hot = {place: rounds - 1 for place, rounds in self._hot.items() if rounds > 1 and live}
         self._push_soon(now)
 
     def _queue(self, address: str, message: Message) -> None:
@@ -517,22 +567,20 @@ class GossipCore:
 
     # ---------------------------------------------------------------- membership
 
-    def _touched(self, site: str) -> None:
-        self._touches += 1
-
     def _membership_changed(self, kind: str, site: str) -> None:
         self._events.append(Event(kind, site))
 
     def _forget(self, site: str) -> None:
         self._state.forget(site)
-        self._syncs.pop(site, None)
+        self._spread.forget(site)
+        self._reconciler.forget(site)
 
     def _publish_links(self, now: float) -> None:
         """Tell the mesh what we measure, when it has changed enough to matter."""
         self._timers.at(now + self._t.links_s, self._publish_links)
         links = self._links.changed(self.rtts())
         if links is not None and self._state.publish(LINKS, links):
-            self._spread(self.site, LINKS)
+            self._spread.publish(self.site, LINKS, self._others(), urgent=False)
             self._events.append(Event("updated", self.site, LINKS))
 
 

@@ -52,20 +52,42 @@ class Rumour(NamedTuple):
     claim: Claim
 
 
-class Digest(NamedTuple):
-    """Part of an anti-entropy exchange: a live member and the versions the sender holds of that member's entries."""
+class Buckets(NamedTuple):
+    """Opens an anti-entropy exchange: `total` hashes of what the sender knows, three bytes each (see `fingerprint`)."""
 
-    claim: Claim
+    total: int
+    hashes: bytes
+
+
+class Summary(NamedTuple):
+    """Some `buckets` of `total`, and a row (hashed name, mark: ten bytes) for every live site in them."""
+
+    total: int
+    buckets: bytes
+    rows: bytes
+
+
+class Want(NamedTuple):
+    """The sender has never heard of these sites, given by hashed names of six bytes: tell it all."""
+
+    names: bytes
+
+
+class Digest(NamedTuple):
+    """The versions the sender holds of a site's entries. One that is an `answer` is not answered with another."""
+
+    site: str
+    incarnation: int
     generation: int
     versions: dict[str, int]
-
-
-class SyncRequest(NamedTuple):
-    """The sender's digests are complete; answer with yours."""
+    answer: bool
 
 
 class Page(NamedTuple):
-    """One of the `parts` of the packed value of an entry; `part` counts from 0."""
+    """One of the `parts` of the packed value of an entry; `part` counts from 0.
+
+    The first carries the owner's proof of the whole. Whoever it is news to passes it on while `hops` are left.
+    """
 
     owner: str
     generation: int
@@ -74,6 +96,8 @@ class Page(NamedTuple):
     part: int
     parts: int
     data: bytes
+    proof: bytes = b""
+    hops: int = 0
 
 
 class Taken(NamedTuple):
@@ -82,4 +106,4 @@ class Taken(NamedTuple):
     address: str
 
 
-Message = Ping | Ack | Nack | PingRequest | Rumour | Digest | SyncRequest | Page | Taken
+Message = Ping | Ack | Nack | PingRequest | Rumour | Buckets | Summary | Want | Digest | Page | Taken

@@ -16,6 +16,7 @@ from mesh.gossip.core import GossipCore
 from mesh.gossip.members import STATES, Claim
 from mesh.gossip.messages import (
     Ack,
+    Buckets,
     Digest,
     Nack,
     Page,
@@ -23,8 +24,9 @@ from mesh.gossip.messages import (
     PingRequest,
     Rumour,
     Sender,
-    SyncRequest,
+    Summary,
     Taken,
+    Want,
 )
 from mesh.gossip.sealing import REFUSALS, Foreign, Forged, Malformed, Opened
 
@@ -38,16 +40,33 @@ counters = st.integers(1, config.MAX_COUNTER)
 sequences = st.integers(0, 2**32 - 1)
 proofs = st.binary(max_size=72)
 claims = st.builds(Claim, names, addresses, st.sampled_from(STATES), counters, st.one_of(st.just(""), names), proofs)
-live_claims = st.builds(Claim, names, addresses, st.sampled_from(STATES[:2]), counters, st.just(""), proofs)
+held = st.dictionaries(names, counters, max_size=4)
+generations = st.integers(0, config.MAX_COUNTER)
+places = st.lists(st.integers(0, 15), min_size=1, max_size=9, unique=True).map(bytes)
 messages = st.one_of(
     st.builds(Ping, sequences, st.one_of(st.just(""), names)),
     st.builds(Ack, sequences),
     st.builds(Nack, sequences),
     st.builds(PingRequest, sequences, names, addresses, st.integers(1, 30_000)),
     st.builds(Rumour, claims),
-    st.builds(Digest, live_claims, st.integers(0, config.MAX_COUNTER), st.dictionaries(names, counters, max_size=4)),
-    st.just(SyncRequest()),
-    st.builds(Page, names, counters, names, counters, st.integers(0, 2), st.integers(3, 9), st.binary(min_size=1)),
+    st.builds(Buckets, st.just(16), st.binary(min_size=48, max_size=48)),
+    st.builds(
+        Summary, st.just(16), places, st.integers(0, 9).flatmap(lambda n: st.binary(min_size=10 * n, max_size=10 * n))
+    ),
+    st.builds(Want, st.integers(1, 9).flatmap(lambda n: st.binary(min_size=6 * n, max_size=6 * n))),
+    st.builds(Digest, st.one_of(names, st.just("@cluster")), counters, generations, held, st.booleans()),
+    st.builds(
+        Page,
+        st.one_of(names, st.just("@cluster")),
+        counters,
+        names,
+        counters,
+        st.integers(0, 2),
+        st.integers(3, 9),
+        st.binary(min_size=1),
+        proofs,
+        st.integers(0, 16),
+    ),
     st.builds(Taken, addresses),
 )
 senders = st.builds(Sender, names, addresses, counters, st.booleans(), st.binary(min_size=8, max_size=8), proofs)
@@ -93,7 +112,7 @@ def test_truncated_and_extended_datagrams_are_refused(sender, sent, data):
 
 
 @settings(max_examples=200)
-@given(st.lists(st.one_of(junk, st.tuples(st.integers(0, 8), junk, junk, junk).map(list)), max_size=5))
+@given(st.lists(st.one_of(junk, st.tuples(st.integers(0, 10), junk, junk, junk).map(list)), max_size=5))
 def test_a_core_survives_any_msgpack_from_a_known_sender(items):
     body = b"".join(msgpack.packb(item) for item in items)
     target = core()
@@ -170,15 +189,30 @@ def test_bombs_are_refused(body):
         [4, "@cluster", "a:1", 0, 1, "", b""],
         [4, "a", "a:1", 0, 1, "", b"x" * 73],
         [4, "a", "a:1", 0, 1, "", "x"],
-        [5, "a", "a:1", 2, 1, "", b"", 0, {}],
-        [5, "a", "a:1", 0, 1, "", b"", 0, {"k": 0}],
-        [5, "a", "a:1", 0, 1, "", b"", 0, {str(number): 1 for number in range(17)}],
-        [7, "a", 1, "k", 1, 1, 1, b"x"],
-        [7, "a", 1, "k", 1, 0, 10**6, b"x"],
-        [7, "a", 1, "k", 1, 0, 1, b""],
-        [7, "a", 1, "k", 1, 0, 1, "x"],
-        [7, "a", 1, "k", 1, 0, 1, b"x" * 751],
-        [9],
+        [5, 16, b""],
+        [5, 17, bytes(51)],
+        [5, 512, bytes(1536)],
+        [5, 16, "x" * 48],
+        [6, 16, b"", b""],
+        [6, 16, b"\x10", b""],
+        [6, 16, b"\x01\x01", b""],
+        [6, 16, b"\x01", bytes(9)],
+        [7, b""],
+        [7, bytes(5)],
+        [7, "x" * 6],
+        [8, "a", 0, 1, {}, False],
+        [8, "a", 1, 1, {"k": 0}, False],
+        [8, "a", 1, 1, {}, 0],
+        [8, "@other", 1, 1, {}, False],
+        [8, "a", 1, 1, {str(number): 1 for number in range(17)}, False],
+        [9, "a", 1, "k", 1, 1, 1, b"x", b"", 0],
+        [9, "a", 1, "k", 1, 0, 10**6, b"x", b"", 0],
+        [9, "a", 1, "k", 1, 0, 1, b"", b"", 0],
+        [9, "a", 1, "k", 1, 0, 1, "x", b"", 0],
+        [9, "a", 1, "k", 1, 0, 1, b"x", b"x" * 73, 0],
+        [9, "a", 1, "k", 1, 0, 1, b"x", b"", 17],
+        [9, "a", 1, "k", 1, 0, 1, b"x" * 751, b"", 0],
+        [11],
         [-1],
         ["0"],
         [],
@@ -193,7 +227,7 @@ def test_fields_out_of_bounds_are_refused(fields):
 
 def test_too_many_messages_are_refused():
     with pytest.raises(Malformed):
-        CODEC.decode(CODEC.join(pack_sender(SENDER), [pack_message(SyncRequest())] * (codec.MAX_MESSAGES + 1)))
+        CODEC.decode(CODEC.join(pack_sender(SENDER), [pack_message(Ack(1))] * (codec.MAX_MESSAGES + 1)))
 
 
 def test_another_cluster_is_foreign_and_is_not_answered():
@@ -221,11 +255,15 @@ def test_the_largest_messages_fit_into_a_datagram_with_the_largest_sender():
     claim = Claim(name, address, "suspect", config.MAX_COUNTER, name, bytes(72))
     top = config.MAX_COUNTER
     for message in (
-        Page(name, top, key, top, 35, config.MAX_PAGES, bytes(config.PAGE_BYTES)),
-        Digest(claim, top, versions),
+        Page(name, top, key, top, 0, config.MAX_PAGES, bytes(config.PAGE_BYTES), bytes(72), 16),
+        Digest(name, top, top, versions, True),
+        Buckets(256, bytes(256 * 3)),
+        Summary(256, bytes(range(75)), bytes(75 * 10)),
+        Want(bytes(750)),
+        Rumour(claim),
     ):
         data = CODEC.join(sender, [pack_message(message)])
-        assert len(data) <= config.MAX_DATAGRAM_BYTES - 40  # room for a seal
+        assert len(data) <= config.MAX_DATAGRAM_BYTES - 120  # room for a seal
         assert CODEC.decode(data).messages == [message]
 
 

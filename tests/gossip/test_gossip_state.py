@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.gossip import config, values
-from mesh.gossip.state import Entry, State
+from mesh.gossip.state import Entry, Outcome, State
 from mesh.gossip.values import pack_value, unpack_value
 
 entries = st.tuples(
@@ -122,7 +122,7 @@ def test_large_values_travel_in_pages_of_any_order():
     assert len(pages) > 4
     random.Random(1).shuffle(pages)
     taken = [target.take(page, 0.0) for page in [*pages, *pages]]
-    assert taken.count(True) == 1
+    assert taken.count(Outcome.NEWS) == 1
     assert target.value("a", "capabilities") == value
 
 
@@ -147,13 +147,12 @@ def test_unfinished_values_do_not_pile_up():
     assert len(target._assemblies) <= 64
 
 
-def test_a_value_that_is_not_a_document_is_counted_and_not_kept():
+def test_a_value_that_is_not_a_document_is_not_kept():
     source, target = State("a", 1), State("me", 1)
     source.publish("k", {"v": 1})
     page = source.pages("a", "k")[0]
-    assert not target.take(page._replace(data=msgpack.packb([1, 2])), 0.0)
-    assert target.rejected == 1
-    assert target.take(page, 0.0)
+    assert target.take(page._replace(data=msgpack.packb([1, 2])), 0.0) is Outcome.MALFORMED
+    assert target.take(page, 0.0) is Outcome.NEWS
 
 
 def test_nobody_else_writes_our_entries():
@@ -169,10 +168,10 @@ def test_an_owner_that_lost_its_counter_raises_its_generation_above_what_others_
         old.publish("k", {"v": number})
     other.take(old.pages("a", "k")[0], 0.0)
     new.publish("k", {"v": "new"})
-    held = other.owner("a")
-    assert new.defend(held.generation, held.versions())
-    assert not new.defend(held.generation, held.versions())
-    assert other.take(new.pages("a", "k")[0], 0.0)
+    held = other.pages("a", "k")[0]
+    assert new.take(held, 0.0) is Outcome.DEFENDED
+    assert new.take(held, 0.0) is Outcome.STALE
+    assert other.take(new.pages("a", "k")[0], 0.0) is Outcome.NEWS
     assert other.value("a", "k") == {"v": "new"}
 
 
