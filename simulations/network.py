@@ -135,7 +135,7 @@ class VirtualNetwork:
         )
         if self._rows is None:
             self._numbers.setdefault(site, len(self._numbers))
-        node = Node(site, place, self._numbers[site], GossipCore(config))
+        node = Node(site, place, self._numbers[site], GossipCore(config, streaming=True))
         self.nodes[site] = node
         self._places[place] = node
         node.core.start(self.clock.now_s)
