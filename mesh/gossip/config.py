@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ MAX_ADDRESS_BYTES = 128
 MAX_VALUE_BYTES = 32 * 1024
 MAX_PAGES = -(-MAX_VALUE_BYTES // PAGE_BYTES)
 MAX_KEYS_PER_SITE = 16
-MAX_MEMBERS = 1024
+MAX_MEMBERS = 8192
 #: Counters stay far below 2**64 so that they can always still be raised.
 MAX_COUNTER = 2**62
 
@@ -53,23 +54,37 @@ class Randomness(Protocol):
 class Timing:
     """The protocol's constants, in seconds. The defaults give detection in about 2 s on paths up to 200 ms.
 
-    `probe_interval_s`: every peer is probed this often while `probe_floor_s` between two probes allows it (4 others).
+    `probe_interval_s`: every peer is probed this often while `probe_floor_s` between two probes allows it (4 others);
+    beyond 16 others the floor rises with the root of their number up to `probe_crowd_s`, so that a large mesh is quiet.
     `direct_*`: bounds of the wait for a direct answer; within them it follows the pair's RTT and its spread.
-    `suspicion_floor_s`: least time to refute; otherwise three direct timeouts. The most is twice the least.
-    `retry_*`: back-off of seeds that do not answer and of dead peers. `*_reap_s`: when dead and left are forgotten;
-    a dead peer is remembered long, because it is by calling the dead that a healed partition is found.
+    `suspicion_floor_s`: least time to refute; otherwise three direct timeouts. The most is `suspicion_spread` times the
+    least. `confirmations`: how many bring it to the least. `retry_*`: back-off of seeds that do not answer and of dead
+    peers. `*_reap_s`: when dead and left are forgotten; `grave_s`: how long after that old claims are refused.
+
+    `fixed` makes it memberlist, see `profiles`: `direct_default_s` is every timeout, a probe lasts a probe interval,
+    `suspicion_mult` times the interval and the logarithm of the number of members is the least suspicion, and a
+    member's death is believed to whoever says so.
     """
 
+    fixed: bool = False
     probe_interval_s: float = 1.0
     probe_floor_s: float = 0.25
+    probe_crowd_s: float = 0.8
     direct_floor_s: float = 0.2
     direct_default_s: float = 0.5
     direct_ceiling_s: float = 2.0
     suspicion_floor_s: float = 1.0
+    suspicion_spread: float = 2.0
+    suspicion_mult: float = 0.0
+    confirmations: int = 3
+    max_health: int = 3
+    nack_share: float = 0.8
     buddy_s: float = 0.25
     helpers: int = 3
     fanout: int = 3
     push_gap_s: float = 0.1
+    push_pull_s: float = 0.0
+    dead_gossip_s: float = 0.0
     sync_gap_s: float = 0.2
     greet_s: float = 0.15
     greetings: int = 4
@@ -80,8 +95,14 @@ class Timing:
     retry_max_s: float = 15.0
     dead_reap_s: float = 3600.0
     left_reap_s: float = 60.0
+    grave_s: float = 3600.0
     stall_s: float = 0.3
     grace_s: float = 0.3
+
+
+def spread(members: int) -> float:
+    """How much longer news takes among `members` than among ten: the factor of memberlist's suspicion timeout."""
+    return max(1.0, math.log10(max(1, members)))
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -559,7 +559,6 @@ class GossipCore:
             for owner, origin, pages in news:
                 if target.site not in (owner, origin):
                     pushed.extend(pages)
-        self._swim.rumours.pushed()
         self._push_soon(now)
 
     def _queue(self, address: str, message: Message) -> None:

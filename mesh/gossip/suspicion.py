@@ -15,14 +15,22 @@ class Suspicion:
     the mesh can give: with three sites one confirmation brings the timeout down to its minimum.
     """
 
-    def __init__(self, now: float, *, accuser: str, possible: int, min_s: float, max_s: float) -> None:
-        """`possible`: alive members, beside the suspect and us, that could confirm. Times in seconds."""
+    def __init__(self, now: float, *, accuser: str, wanted: int, min_s: float, max_s: float, lone_s: float) -> None:
+        """`wanted`: confirmations that bring the wait down to `min_s`; where it is 0, it is `lone_s`. Seconds."""
         self.started_s = now
         self.timer: Timer | None = None
+        self.checked = False
+        self.verdicts: set[str] = set()
         self._accusers = {accuser}
-        self._wanted = min(3, possible)
+        self._wanted = wanted
         self._min_s = min_s
         self._max_s = max_s
+        self._lone_s = lone_s
+
+    @property
+    def accusers(self) -> frozenset[str]:
+        """Who counts."""
+        return frozenset(self._accusers)
 
     def confirm(self, accuser: str) -> bool:
         """Count another accuser. True if it is a new one and still shortens the wait."""
@@ -34,7 +42,7 @@ class Suspicion:
     @property
     def deadline_s(self) -> float:
         """When the suspect counts as dead."""
-        if self._wanted <= 0:  # nobody can confirm: half way between haste and patience
-            return self.started_s + (self._min_s + self._max_s) / 2
+        if self._wanted <= 0:
+            return self.started_s + self._lone_s
         share = math.log(len(self._accusers)) / math.log(self._wanted + 1)
         return self.started_s + max(self._min_s, self._max_s - (self._max_s - self._min_s) * share)
