@@ -128,6 +128,7 @@ class GossipCore:
         self._prints = Fingerprints()
         self._dirty: dict[str, None] = {config.site: None}
         self._touches = 0
+        self._pulled_s = -math.inf
         self._reconciler = Reconciler(self._prints, self._state, claim=self._claim, gap_s=self._t.sync_gap_s)
         self._budget = Budget()
         self._serving = False
@@ -148,6 +149,7 @@ class GossipCore:
             gone=self._forget,
             touched=self._touched,
             prove=self._proofs.prove,
+            ask=self.ask,
         )
 
     # ---------------------------------------------------------------- driving
@@ -171,13 +173,13 @@ class GossipCore:
             return
         self._push_soon(now)
 
-    def _hear(self, sender: Sender, messages: list[Message], source: str, now: float) -> None:
-        """Take what a datagram or a stream held. Raises Forged for a head that its site did not sign."""
+    def _hear(self, sender: Sender, messages: list[Message], source: str, now: float, *, direct: bool = True) -> None:
+        """Take what a datagram (`direct`) or a stream held. Raises Forged for a head that its site did not sign."""
         state = LEFT if sender.left else ALIVE
         if not self._proofs.holds(Claim(sender.site, sender.address, state, sender.incarnation, proof=sender.proof)):
             raise Forged(f"{sender.site} did not say so")
         self._note_place(source, sender.site)
-        if self._swim.hear(sender, source, now):
+        if self._swim.hear(sender, source, now, direct=direct):
             for message in messages:
                 self._handlers[type(message)](self, sender, source, message, now)
             if any(type(message) is Ping for message in messages) and not (sender.left or self._swim.left):
@@ -271,7 +273,7 @@ class GossipCore:
             outbox, self._outbox = self._outbox, {}
             self._serving = True
             try:
-                self._hear(request.sender, request.messages, request.sender.address, now)
+                self._hear(request.sender, request.messages, request.sender.address, now, direct=False)
             finally:
                 self._serving = False
                 answers = self._outbox.pop(request.sender.address, [])
@@ -298,7 +300,7 @@ class GossipCore:
             assert answer.sender is not None
             if asked.site not in ("", answer.sender.site):
                 raise Forged(f"{answer.sender.site} answers for {asked.site}")
-            self._hear(answer.sender, answer.messages, asked.address, now)
+            self._hear(answer.sender, answer.messages, asked.address, now, direct=False)
         except Malformed as error:
             self.counters[error.counter] += 1
             return
@@ -431,6 +433,7 @@ class GossipCore:
         outcome = self._state.take(message, now, sender.site)
         if outcome is Outcome.NEWS:
             if 0 < before < message.generation:
+                self._swim.restarted(owner)
                 self._events.append(Event("restarted", owner))
             self._events.append(Event("updated", owner, message.key))
             self._spread.told(message, sender.site)
@@ -513,8 +516,11 @@ class GossipCore:
         """Start an exchange with somebody who knows something else, unless we just had one."""
         if self._swim.silent or sender.fingerprint == self._print():
             return
+        if now - self._pulled_s < self._t.push_pull_s:
+            return
         opening = self._reconciler.start(sender.site, sender.fingerprint, now)
         if opening:
+            self._pulled_s = now
             self.counters["syncs"] += 1
             self._answer(source, opening, now)
 

@@ -69,7 +69,7 @@ def test_the_wait_for_an_answer_follows_the_path_within_bounds():
 
 
 def test_suspicion_shortens_with_independent_accusers_only():
-    suspicion = Suspicion(10.0, accuser="a", possible=9, min_s=1.0, max_s=3.0)
+    suspicion = Suspicion(10.0, accuser="a", wanted=3, min_s=1.0, max_s=3.0, lone_s=2.0)
     deadlines = [suspicion.deadline_s]
     for accuser in ("a", "b", "b", "c", "d", "e"):
         suspicion.confirm(accuser)
@@ -80,14 +80,14 @@ def test_suspicion_shortens_with_independent_accusers_only():
 
 
 def test_with_three_sites_one_confirmation_is_all_there_can_be():
-    suspicion = Suspicion(0.0, accuser="a", possible=1, min_s=1.0, max_s=2.0)
+    suspicion = Suspicion(0.0, accuser="a", wanted=1, min_s=1.0, max_s=2.0, lone_s=1.5)
     assert suspicion.deadline_s == 2.0
     assert suspicion.confirm("b")
     assert suspicion.deadline_s == 1.0
 
 
 def test_with_two_sites_nobody_can_confirm():
-    suspicion = Suspicion(0.0, accuser="a", possible=0, min_s=1.0, max_s=2.0)
+    suspicion = Suspicion(0.0, accuser="a", wanted=0, min_s=1.0, max_s=2.0, lone_s=1.5)
     assert not suspicion.confirm("b")
     assert suspicion.deadline_s == 1.5
 
