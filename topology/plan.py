@@ -11,6 +11,14 @@ from typing import Any
 
 from topology.model import ModelSpec
 
+#: Stands between a device's name and the number of a second shard of one job on it.
+SLOT = "#"
+
+
+def device_of(slot: str) -> str:
+    """The device that a shard's `device` means: "cpu0" for "cpu0" and for "cpu0#1"."""
+    return slot.partition(SLOT)[0]
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -18,7 +26,8 @@ class Shard:
 
     `kv_heads` is the range of KV-head groups (q heads follow: heads // kv_heads of them per group), `columns` the range
     of MLP columns, `vocabulary` the range of head rows this shard computes (empty unless the stage is the last).
-    `dtype` is what this shard's weights are held in where that is not the model's own.
+    `dtype` is what this shard's weights are held in where that is not the model's own. A device that holds two
+    shards of one job, in different stages, is named "cpu0" in one and "cpu0#1" in the other.
     """
 
     site: str

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
 
 import trio
@@ -20,8 +20,10 @@ from mesh.jobs.deploy import ShardFailed, deploy
 from mesh.jobs.job import Job, wire_epoch
 from mesh.jobs.model import Inspector, ModelInfo
 from mesh.jobs.peers import View
+from mesh.jobs.replicas import Replicas
 from mesh.jobs.serving import Serving
-from mesh.wire.v1 import peer_pb2
+from mesh.jobs.standbys import keep_standbys
+from mesh.wire.v1 import mesh_pb2, peer_pb2
 from topology import Constraints, Plan, TopologyError, partition
 
 logger = logging.getLogger(__name__)
@@ -49,9 +51,23 @@ class Loss:
 class Coordinator:
     """Runs one job until it is cancelled or fails. `run` belongs in a nursery of the daemon."""
 
-    def __init__(self, job: Job, view: View, inspector: Inspector, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        view: View,
+        inspector: Inspector,
+        on_change: Callable[[], None],
+        *,
+        spawn: Callable[..., None],
+        first: Plan | None = None,
+    ) -> None:
+        """`spawn` starts the rings of replicas, `first` is a plan that was made already."""
         self.job = job
         self.serving = Serving(job, view, self._suspect)
+        self.replicas = Replicas(
+            job, lambda job, plan: Coordinator(job, view, inspector, on_change, spawn=spawn, first=plan), spawn
+        )
+        self._first = first
         self._view = view
         self._inspector = inspector
         self._on_change = on_change
@@ -82,6 +98,7 @@ class Coordinator:
                 self._update(state="failed", error=JobFailed(f"a fault in its owner: {type(error).__name__}: {error}"))
         if not self.job.ended:
             self._update(state="cancelled")
+        self.replicas.cancel()
         self.serving.wake()
         await self._release(self.job.plan)
 
@@ -89,18 +106,40 @@ class Coordinator:
         """End the job: its requests, its workers, its plan."""
         self._scope.cancel()
 
+    def generate(self, message: mesh_pb2.GenerateRequest) -> AsyncGenerator[mesh_pb2.GenerateEvent, None]:
+        """Serve one request, on the ring that has the most room for it. See `Serving.generate`."""
+        share = self.job.plan.share if self.job.plan is not None else 1.0
+        return self.replicas.choose(self.serving, share).generate(message)
+
     def site_left(self, site: str) -> None:
         """Gossip says the site is gone or is leaving: if the job is on it, go on without it."""
+        for ring in self.replicas:
+            ring.site_left(site)
         if self.job.plan and site in self.job.plan.sites and self._suspects:
             self._lost[site] = trio.current_time()
             self._suspect(site, f"{site} left the mesh")
+
+    @property
+    def tokens_total(self) -> int:
+        """Tokens given by this ring and its replicas."""
+        return self.serving.tokens_total + sum(ring.serving.tokens_total for ring in self.replicas)
+
+    def close(self) -> None:
+        """Take no more requests on."""
+        for serving in (self.serving, *(ring.serving for ring in self.replicas)):
+            serving.closing = True
+
+    async def idle(self) -> None:
+        """Wait until no request is live. The caller bounds the wait."""
+        for serving in (self.serving, *(ring.serving for ring in self.replicas)):
+            await serving.idle()
 
     def plan(self, info: ModelInfo) -> Plan:
         """Where the job would run now. Raises TopologyError."""
         constraints = Constraints.parse(self.job.constraints)
         spec = info.spec if constraints.dtype is None else replace(info.spec, dtype=constraints.dtype)
-        # The job's own present shards make room for the next ones.
-        held = {shard.key: shard.memory_bytes for shard in self.job.plan.shards} if self.job.plan else {}
+        # The job's own present shards make room for the next ones. Those of its replicas stay theirs.
+        held = replace(self.job.plan, replicas=()).memory_bytes if self.job.plan else {}
         snapshot = self._view.snapshot().without(self._avoid()).with_freed(held)
         return partition(
             snapshot, spec, constraints, strategy=self.job.strategy, previous=self.job.plan, origin=self.job.owner
@@ -111,11 +150,13 @@ class Coordinator:
         failures = 0
         while True:
             former = self.job.plan
-            plan = self.plan(self._info)
+            plan = await self._next_plan(self._info)
             self._update(plan=plan, counter=self.job.counter + 1, loaded_bytes=0, total_bytes=0)
             if self.job.state == "planning":
                 self._update(state="loading")
             await self._release(former, plan)
+            if former is None:
+                self.replicas.start(plan)
             try:
                 loss = await self._turn(plan)
                 failures = 0
@@ -129,6 +170,18 @@ class Coordinator:
             for site in loss.sites:
                 self._lost[site] = trio.current_time()
             self._update(state="recovering", recoveries=self.job.recoveries + 1)
+
+    async def _next_plan(self, info: ModelInfo) -> Plan:
+        """The plan of the next turn. Where a loss leaves none, replicas give way one by one. Raises TopologyError."""
+        if self._first is not None:
+            plan, self._first = self._first, None
+            return plan
+        while True:
+            try:
+                return self.plan(info)
+            except TopologyError:
+                if not await self.replicas.give_way():
+                    raise
 
     async def _turn(self, plan: Plan) -> Loss:
         """Deploy `plan`, serve until something is lost. Raises ShardFailed while deploying."""
@@ -146,6 +199,7 @@ class Coordinator:
                 for request in self.serving.live:
                     nursery.start_soon(self.serving.start, request)
                 nursery.start_soon(self._watch_silence, plan, heard)
+                nursery.start_soon(keep_standbys, self._view, plan, self.job)
                 _, reason = await receive.receive()
             nursery.cancel_scope.cancel()
         if failure is not None:
@@ -211,9 +265,13 @@ class Coordinator:
                 self.serving.accept(event.token)
             case "alive":
                 self._note_steps(f"{site}/{event.device}", event.alive.steps)
-            case "failure":
+            case "failure" if not self._stands_by(f"{site}/{event.device}"):
                 accused = event.failure.neighbour.split("/")[0] or site
                 self._suspect(accused, f"{site}/{event.device}: {event.failure.reason}")
+
+    def _stands_by(self, worker: str) -> bool:
+        """Whether the job does not run on this worker: a standby that fails is no loss."""
+        return self.job.plan is not None and any(standby.key == worker for standby in self.job.plan.standbys)
 
     def _note_steps(self, worker: str, steps: int) -> None:
         """A worker's step counter that has moved is progress, also where no token comes of it yet (a long prefill)."""
@@ -261,10 +319,12 @@ class Coordinator:
         """End the workers of `former` that `following` does not use. Best effort: a lease ends them anyway."""
         if former is None:
             return
-        kept = following.shards if following else ()
+        kept: list[tuple[str, str]] = []
+        if following is not None:
+            kept = [(s.site, s.device) for s in following.shards] + [(s.site, s.device) for s in following.standbys]
 
         async def one(site: str) -> None:
-            keep = [shard.device for shard in kept if shard.site == site]
+            keep = [device for at, device in kept if at == site]
             message = peer_pb2.ReleaseRequest(job=self.job.id, epoch=wire_epoch(self.job.epoch), keep=keep)
             try:
                 await self._view.peer(site).release(message)
@@ -273,7 +333,8 @@ class Coordinator:
 
         with trio.move_on_after(PING_DEADLINE_S, shield=True):
             async with trio.open_nursery() as nursery:
-                for site in set(former.sites) - set(self._lost):
+                standing_by = {standby.site for standby in former.standbys}
+                for site in {*former.sites, *standing_by} - set(self._lost):
                     nursery.start_soon(one, site)
 
     def _update(self, **changes: object) -> None:

@@ -87,7 +87,7 @@ async def deploy(
 
     async def prepare(key: str) -> None:
         request = peer_pb2.PrepareRequest(
-            job=job, epoch=wire_epoch(epoch), device=shards[key].device, assignment=_pack(parts[key])
+            job=job, epoch=wire_epoch(epoch), device=shards[key].device, assignment=pack(parts[key])
         )
         peer = view.peer(shards[key].site)
         addresses[key] = await peer.prepare(request, lambda done, total: report(key, done, total))
@@ -158,6 +158,7 @@ def _neighbours(
     return ends
 
 
-def _pack(assignment: Assignment) -> bytes:
+def pack(assignment: Assignment) -> bytes:
+    """An assignment as it travels."""
     packed: bytes = msgpack.packb(assignment.to_dict())
     return packed

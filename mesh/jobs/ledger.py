@@ -44,7 +44,7 @@ class Ledger:
     @property
     def tokens_total(self) -> int:
         """Tokens that all jobs owned here ever gave."""
-        return self._old_tokens + sum(coordinator.serving.tokens_total for coordinator in self)
+        return self._old_tokens + sum(coordinator.tokens_total for coordinator in self)
 
     @property
     def recoveries_total(self) -> int:
@@ -88,10 +88,10 @@ class Ledger:
         """Let live requests finish for up to `grace_s` seconds, then end every job. Nothing new is taken on."""
         self._closing = True
         for coordinator in self:
-            coordinator.serving.closing = True
+            coordinator.close()
         with trio.move_on_after(grace_s):
             for coordinator in self:
-                await coordinator.serving.idle()
+                await coordinator.idle()
         for coordinator in self:
             coordinator.cancel()
         with trio.move_on_after(grace_s):
@@ -109,11 +109,11 @@ class Ledger:
         except ConstraintError as error:
             raise RequestError(str(error)) from None
         job = Job(secrets.token_hex(4), model, strategy, constraints, self._site)
-        return Coordinator(job, self._view, self._inspector, self._on_change)
+        return Coordinator(job, self._view, self._inspector, self._on_change, spawn=self._nursery.start_soon)
 
     def _forget_old(self) -> None:
         ended = [name for name, coordinator in self._coordinators.items() if coordinator.job.ended]
         for name in ended[:-KEPT_ENDED]:
             old = self._coordinators.pop(name)
-            self._old_tokens += old.serving.tokens_total
+            self._old_tokens += old.tokens_total
             self._old_recoveries += old.job.recoveries

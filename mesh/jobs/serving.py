@@ -84,7 +84,8 @@ class Serving:
         if len(prompt) >= context:
             raise RequestError(f"the prompt has {len(prompt)} tokens: the context of this job holds {context}")
         budget = min(len(prompt) + options.max_tokens, context)
-        while self._reserved_tokens and self._reserved_tokens + budget > context:
+        room = context * _running(self._job).concurrency
+        while self._reserved_tokens and self._reserved_tokens + budget > room:
             yield mesh_pb2.GenerateEvent()
             with trio.move_on_after(HEARTBEAT_S):
                 await self._one_ended()

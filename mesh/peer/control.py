@@ -131,7 +131,7 @@ class MeshServicer(mesh_pb2_grpc.MeshServicer):
             return
 
         def source() -> AsyncGenerator[mesh_pb2.GenerateEvent, None]:
-            return self._ledger.get(request.job).serving.generate(request)
+            return self._ledger.get(request.job).generate(request)
 
         yield from self._bridge.stream(context, each(source))
 

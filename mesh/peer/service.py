@@ -21,6 +21,7 @@ from mesh.jobs.peers import Progress
 from mesh.peer.workers import WorkerPool
 from mesh.runtime.assignment import Assignment
 from mesh.wire.v1 import peer_pb2
+from topology.plan import device_of
 
 #: How long a job's workers outlive the last listener of its events. A recovery re-attaches within milliseconds.
 LEASE_S = 5.0
@@ -65,8 +66,7 @@ class PeerService:
         """What is left of each device's memory, by device name."""
         free = {}
         for name, local in self._devices.items():
-            held = sum(job.reserved_bytes.get(name, 0) for job in self._jobs.values())
-            free[name] = max(0, local.device.free_bytes - held)
+            free[name] = max(0, local.device.free_bytes - self._held_bytes(name))
         return free
 
     async def drain(self) -> None:
@@ -90,10 +90,8 @@ class PeerService:
         job = self._admit(request.job, request.epoch)
         local = self._device(request.device)
         assignment = _assignment(request.assignment)
-        others = sum(
-            held.reserved_bytes.get(request.device, 0) for name, held in self._jobs.items() if name != request.job
-        )
-        room = local.device.free_bytes - others
+        own_bytes = job.reserved_bytes.get(request.device, 0)
+        room = local.device.free_bytes - self._held_bytes(local.device.name) + own_bytes
         if assignment.memory_bytes > room:
             raise WorkerError(
                 f"{self.site}/{request.device} has {room / 1e6:.0f} MB left, "
@@ -203,7 +201,17 @@ class PeerService:
         job.epoch = epoch
         return job
 
-    def _device(self, name: str) -> LocalDevice:
+    def _held_bytes(self, device: str) -> int:
+        """What jobs hold of a device, in all of its slots."""
+        return sum(
+            held
+            for job in self._jobs.values()
+            for slot, held in job.reserved_bytes.items()
+            if device_of(slot) == device
+        )
+
+    def _device(self, slot: str) -> LocalDevice:
+        name = device_of(slot)
         if name not in self._devices:
             raise RequestError(f"{self.site} has no device {name!r}: it has {', '.join(sorted(self._devices))}")
         return self._devices[name]

@@ -15,6 +15,9 @@ class Assignment:
 
     `model` is the path of the model on this site (a folder or a .gguf file). `device` is torch's name for it ("cpu",
     "cuda:0"); `threads` bounds torch's threads. `rank` of `size` is the shard's place in its stage; rank 0 leads.
+    `requests` sequences of `context` tokens fit at once. Hidden states travel between
+    stages in `wire_dtype` (empty: in `dtype`); `code` is the lossy code of the hidden states that the stage
+    sends on, `code_in` that of those it is sent; empty for none.
     """
 
     job: str
@@ -34,6 +37,10 @@ class Assignment:
     kv_heads: tuple[int, int]
     columns: tuple[int, int]
     vocabulary: tuple[int, int]
+    requests: int = 1
+    wire_dtype: str = ""
+    code: str = ""
+    code_in: str = ""
 
     @property
     def first(self) -> bool:
@@ -56,8 +63,8 @@ class Assignment:
 
     @classmethod
     def from_dict(cls, document: dict[str, Any]) -> Assignment:
-        """Rebuild an assignment; lists become tuples again."""
-        values: dict[str, Any] = {f.name: document[f.name] for f in fields(cls)}
+        """Rebuild an assignment; lists become tuples again. Raises TypeError where one is missing."""
+        values: dict[str, Any] = {f.name: document[f.name] for f in fields(cls) if f.name in document}
         values |= {key: tuple(value) for key, value in values.items() if isinstance(value, list)}
         return cls(**values)
 
@@ -71,7 +78,7 @@ def assignments(plan: Plan, *, job: str, epoch: tuple[int, str], model: str) -> 
                 job=job,
                 epoch=epoch,
                 model=model,
-                dtype=plan.model.dtype,
+                dtype=shard.dtype or plan.model.dtype,
                 device=shard.device,
                 threads=0,
                 memory_bytes=shard.memory_bytes,
@@ -85,5 +92,9 @@ def assignments(plan: Plan, *, job: str, epoch: tuple[int, str], model: str) -> 
                 kv_heads=shard.kv_heads,
                 columns=shard.columns,
                 vocabulary=shard.vocabulary,
+                requests=plan.concurrency,
+                wire_dtype=plan.model.dtype,
+                code=stage.code if index + 1 < len(plan.stages) else "",
+                code_in=plan.stages[index - 1].code if index else "",
             )
     return result

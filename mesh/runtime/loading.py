@@ -36,6 +36,8 @@ class Model(Protocol):
     def drop_all(self) -> None: ...
     @property
     def weight_bytes(self) -> int: ...
+    @property
+    def hidden(self) -> int: ...
 
 
 #: Loads an assignment; the model held so far, if any, gives up the slices that overlap and is spent afterwards.
@@ -75,7 +77,7 @@ def load_stage(assignment: Assignment, former: Model | None, progress: Progress)
 
 
 def kv_cache_bytes(assignment: Assignment, config: dict[str, object]) -> int:
-    """Bytes of this shard's KV caches for one full context, from the model's config.json."""
+    """Bytes of this shard's KV caches for all full contexts at once, from the model's config.json."""
     heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
     head_dim = config.get("head_dim")
     if not isinstance(head_dim, int):
@@ -84,7 +86,7 @@ def kv_cache_bytes(assignment: Assignment, config: dict[str, object]) -> int:
         head_dim = hidden // heads
     groups = assignment.kv_heads[1] - assignment.kv_heads[0]
     layers = assignment.end - assignment.start
-    return 2 * layers * groups * head_dim * assignment.context * DTYPE_BYTES[assignment.dtype]
+    return 2 * layers * groups * head_dim * assignment.context * assignment.requests * DTYPE_BYTES[assignment.dtype]
 
 
 def check_memory(assignment: Assignment, weight_bytes: int, kv_bytes: int) -> None:

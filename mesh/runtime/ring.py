@@ -74,7 +74,7 @@ class Ring:
         self._epoch = epoch
         self._clock = clock
         self._collective_s = collective_s
-        self._dtype: torch.dtype = getattr(torch, assignment.dtype)
+        self._dtype: torch.dtype = getattr(torch, assignment.wire_dtype or assignment.dtype)
         self._from_buffer = torch.frombuffer
         self._uint8 = torch.uint8
         self._filled: dict[int, int] = {}
@@ -82,7 +82,9 @@ class Ring:
         self._scheduler: Scheduler | None = None
         if assignment.leads and assignment.first:
             # Enough prefill chunks under way to keep every stage busy and one more on each link.
-            self._scheduler = Scheduler(context=assignment.context, window=2 * assignment.stages + 2)
+            self._scheduler = Scheduler(
+                context=assignment.context, requests=assignment.requests, window=2 * assignment.stages + 2
+            )
         self._group = _group(assignment, links, clock) if assignment.size > 1 else None
         self._followers = list(links.shards.values()) if assignment.leads else []
         self._ears = self._listen_to()
@@ -193,7 +195,7 @@ class Ring:
         if not a.last:
             onward = step._replace(compute_s=compute_s, network_s=network_s)
             assert self._links.next is not None
-            self._links.next.send(onward.encode(), _bytes(output, self._dtype, self._uint8), kind=Kind.STEP)
+            self._links.next.send(onward.encode(), self._packed(output), kind=Kind.STEP)
             return
         drawing = self._drawings.get(step.number)
         if drawing is None:
@@ -211,10 +213,7 @@ class Ring:
     def _forward(self, step: Step, tokens: list[int] | None, payload: memoryview | None) -> torch.Tensor:
         hidden = None
         if payload is not None:
-            if not payload.nbytes or payload.nbytes % (step.length * self._dtype.itemsize):
-                raise ProtocolError(f"{payload.nbytes} bytes of activations arrived for {step.length} positions")
-            data = bytearray(payload) if payload.readonly else payload
-            hidden = self._from_buffer(data, dtype=self._dtype).view(step.length, -1)
+            hidden = self._unpacked(payload, step.length)
         if self._group is not None:
             self._group.spent_s = 0.0
         output = self._model.forward(
@@ -230,6 +229,25 @@ class Ring:
         self._filled[step.number] = step.position + step.length
         self.steps += 1
         return output
+
+    def _packed(self, states: torch.Tensor) -> memoryview:
+        if not self._a.code:
+            return _bytes(states, self._dtype, self._uint8)
+        from mesh.runtime.codes import encode
+
+        coded: memoryview = encode(states, self._a.code).numpy().data
+        return coded
+
+    def _unpacked(self, payload: memoryview, length: int) -> torch.Tensor:
+        """Hidden states [length, hidden]. Raises ProtocolError where the bytes cannot be so many."""
+        data = bytearray(payload) if payload.readonly else payload
+        if self._a.code_in:
+            from mesh.runtime.codes import decode
+
+            return decode(self._from_buffer(data, dtype=self._uint8), length, self._model.hidden, self._dtype)
+        if not payload.nbytes or payload.nbytes % (length * self._dtype.itemsize):
+            raise ProtocolError(f"{payload.nbytes} bytes of activations arrived for {length} positions")
+        return self._from_buffer(data, dtype=self._dtype).view(length, -1)
 
     def _draw(self, step: Step, drawing: _Drawing, logits: torch.Tensor) -> None:
         s = drawing.sampling

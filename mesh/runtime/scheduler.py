@@ -50,11 +50,13 @@ class _Running:
 class Scheduler:
     """The request table of the first stage.
 
-    `context` is the longest sequence; `window` how many prefill chunks of one request may be in the ring at once (the
+    `context` is the longest sequence, and so many tokens times `requests` may be under way at once. `window` is how
+    many prefill chunks of one request may be in the ring at once.
     """
 
-    def __init__(self, *, context: int, window: int, chunk: int = CHUNK) -> None:
+    def __init__(self, *, context: int, window: int, requests: int = 1, chunk: int = CHUNK) -> None:
         self._context = context
+        self._room = context * requests
         self._window = window
         self._chunk = chunk
         self._numbers = 0
@@ -154,7 +156,7 @@ class Scheduler:
         while self._waiting:
             request = self._waiting[0]
             reserved = min(self._context, request.prompt_tokens + request.max_tokens)
-            if self._reserved + reserved > self._context:
+            if self._reserved + reserved > self._room:
                 return
             self._waiting.popleft()
             self._numbers += 1

@@ -183,6 +183,11 @@ class StageModel:
         self._source.close()
 
     @property
+    def hidden(self) -> int:
+        """Elements of one position's hidden state."""
+        return self._engine.hidden
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of weights held."""
         return self._engine.nbytes

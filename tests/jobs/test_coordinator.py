@@ -20,7 +20,7 @@ async def running(tmp_path, names=("a", "b", "c"), memory_bytes=MEMORY, constrai
     async with trio.open_nursery() as nursery:
         world = World(names, nursery, write_tokenizer(tmp_path), memory_bytes)
         job = Job("j", "toy", "auto", constraints or {}, owner="a")
-        world.coordinator = Coordinator(job, world, world.inspector, lambda: None)
+        world.coordinator = Coordinator(job, world, world.inspector, lambda: None, spawn=nursery.start_soon)
         nursery.start_soon(world.coordinator.run)
         yield world
         nursery.cancel_scope.cancel()
