@@ -5,7 +5,8 @@ the values that go in and come out, and the errors.
 """
 
 from topology.constraints import OBJECTIVES, Constraints
-from topology.errors import ConstraintError, NoFeasiblePlan, Shortfall, TopologyError
+from topology.displace import RunningJob
+from topology.errors import ConstraintError, NoFeasiblePlan, Relaxation, Shortfall, TopologyError
 from topology.model import DTYPE_BYTES, ModelSpec
 from topology.partition import DEFAULT_CONTEXT, STRATEGIES, partition
 from topology.plan import Choice, Plan, Predicted, Replica, Shard, Stage, Standby
@@ -26,7 +27,9 @@ __all__ = [
     "NoFeasiblePlan",
     "Plan",
     "Predicted",
+    "Relaxation",
     "Replica",
+    "RunningJob",
     "Shard",
     "Shortfall",
     "Site",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from topology.archive import Archive
 from topology.balance import balance
 from topology.constraints import Constraints
 from topology.cost import POLICIES, PREFILL_TOKENS, Fit, fit, least_bytes
@@ -86,7 +87,7 @@ class Candidate:
             costs=costs,
         )
 
-    @property
+    @cached_property
     def stages(self) -> tuple[Stage, ...]:
         """The stages as peers exchange them."""
         stages, start = [], 0
@@ -147,6 +148,7 @@ class Assembler:
     def __init__(self, picture: Picture, model: ModelSpec, context: int, constraints: Constraints) -> None:
         self.picture, self.model, self.context, self.constraints = picture, model, context, constraints
         self.least_bytes = least_bytes(model, context, constraints.requests)
+        self.archive = Archive(constraints.wish)
         self.work = 0.0
         self._fits: dict[tuple[Island, str, bool, bool], Fit | None] = {}
         self._rings: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
@@ -280,4 +282,11 @@ class Assembler:
             requests=self.constraints.concurrency,
         )
         missed = excess(candidate, self.constraints)
-        return replace(candidate, excess=missed) if missed else candidate
+        if missed:
+            return replace(candidate, excess=missed)
+        self.archive.add(candidate)
+        return candidate
+
+    def share(self, other: Assembler) -> None:
+        """Use what another assembler of the same picture, model, context and number of requests has worked out."""
+        self._fits, self._rings, self._hops = other._fits, other._rings, other._hops

@@ -50,8 +50,8 @@ def allowed_sites(snapshot: Snapshot, constraints: Constraints) -> frozenset[str
         site.name
         for site in snapshot.sites
         if (not constraints.sites or site.name in constraints.sites)
-        and (not constraints.regions or _matches(site.region, constraints.regions))
-        and not _matches(site.region, constraints.exclude_regions)
+        and (not constraints.regions or matches(site.region, constraints.regions))
+        and not matches(site.region, constraints.exclude_regions)
         and (site.trusted or not constraints.trusted_only)
         and site.name not in constraints.exclude_sites
     )
@@ -63,7 +63,8 @@ def allowed_device(device: Device, constraints: Constraints) -> bool:
     return not vendors or device.vendor.casefold() in vendors
 
 
-def _matches(region: str, patterns: Iterable[str]) -> bool:
+def matches(region: str, patterns: Iterable[str]) -> bool:
+    """Whether a region fits any of the names or patterns."""
     return any(fnmatch.fnmatchcase(region, pattern) for pattern in patterns)
 
 

@@ -7,12 +7,14 @@ from typing import Final
 from topology.candidate import Candidate
 from topology.constraints import Constraints
 from topology.cost import decode_s, slowest_path, width
-from topology.errors import megabytes
+from topology.errors import megabytes, ms
 from topology.islands import tensor_parallel_rtt_s
 from topology.model import ModelSpec
 from topology.picture import Picture
+from topology.reasons import besides, bottleneck, weighed
 from topology.ring import EXACT, ring_s
 from topology.search import Search
+from topology.solve import Request, Solution
 
 #: Predictions closer than this are called the same.
 SAME: Final = 0.01
@@ -30,37 +32,33 @@ WISHES = {
 }
 
 
-def why(
-    search: Search,
-    chosen: Candidate,
-    context: int,
-    *,
-    reserve: bool,
-    extra: tuple[str, ...] = (),
-    cut_short: bool = False,
-) -> tuple[str, ...]:
+def why(request: Request, solution: Solution, displaces: tuple[str, ...] = ()) -> tuple[str, ...]:
     """All reasons, the most telling first."""
+    search, chosen = solution.search, solution.chosen
     constraints, picture, model = search.constraints, search.picture, search.model
-    lines = [_headline(chosen, constraints), *_rivals(search, chosen)]
+    lines = [_headline(chosen, request.constraints), *_rivals(search, chosen)]
     if search.strategy == "tensor_parallelism":
         lines += _tensor_parallelism(search, chosen)
     lines += _islands(chosen, picture, model)
     if len(chosen.fits) > 1:
         lines.append(_ring(search, chosen))
-    lines.append(_memory(chosen, context))
-    if not reserve:
+    lines.append(bottleneck(chosen, picture, model))
+    lines += weighed(solution)
+    lines.append(_memory(chosen, request.context))
+    lines += besides(solution, displaces)
+    if not solution.reserve:
         lines.append("it uses the reserve: the loss of another site could not be absorbed")
     if constraints.forced:
         lines.append(f"the shape was forced by stages={constraints.stages}, shards={constraints.shards}")
-    lines += extra
-    if cut_short:
+    lines += solution.extra
+    if solution.cut_short:
         lines.append("the search was cut short by its budget: a better plan may exist")
     return (*lines, *picture.notes)
 
 
 def describe(candidate: Candidate) -> str:
     """A candidate in a few words: "a/gpu0 + a/gpu1 | b/gpu0 (3.21 ms)"."""
-    return f"{candidate.layout} ({_ms(candidate.token_s)})"
+    return f"{candidate.layout} ({ms(candidate.token_s)})"
 
 
 def _headline(chosen: Candidate, constraints: Constraints) -> str:
@@ -73,8 +71,8 @@ def _headline(chosen: Candidate, constraints: Constraints) -> str:
     sites = f"{len(chosen.sites)} site" + ("" if len(chosen.sites) == 1 else "s")
     wish = WISHES[constraints.wish]
     return (
-        f"{what} on {sites}: {_ms(chosen.token_s)} a token predicted, {1 / chosen.token_s:.3g} tokens/s "
-        f"({_ms(chosen.compute_s)} computing, {_ms(chosen.network_s)} network); wanted: {wish}"
+        f"{what} on {sites}: {ms(chosen.token_s)} a token predicted, {1 / chosen.token_s:.3g} tokens/s "
+        f"({ms(chosen.compute_s)} computing, {ms(chosen.network_s)} network); wanted: {wish}"
     )
 
 
@@ -116,7 +114,7 @@ def _no_single(search: Search) -> str:
     return (
         f"no single device holds the model: it needs {megabytes(need)} and {roomiest.key}, the roomiest, has "
         f"{megabytes(roomiest.usable_bytes)} (one that did, at the speed of {fastest.key}, would read its weights in "
-        f"{_ms(decode_s(search.model, fastest.speed))})"
+        f"{ms(decode_s(search.model, fastest.speed))})"
     )
 
 
@@ -130,7 +128,7 @@ def _tensor_parallelism(search: Search, chosen: Candidate) -> list[str]:
         usable = search.picture.nodes[site]
         if len(each.nodes) == 1 and len(usable) > 1 and not search.constraints.forced:
             wide = search.family(frozenset([site]), "tensor_parallelism")
-            rival = f": tensor parallelism there would take {_ms(wide.token_s)}" if wide is not None else ""
+            rival = f": tensor parallelism there would take {ms(wide.token_s)}" if wide is not None else ""
             lines.append(f"{site} has {len(usable)} devices, but {each.nodes[0].key} alone is predicted faster{rival}")
     return lines
 
@@ -145,8 +143,8 @@ def _islands(chosen: Candidate, picture: Picture, model: ModelSpec) -> list[str]
         worst = slowest_path(picture, each.nodes)
         pays_s = tensor_parallel_rtt_s(model, each.nodes[0].speed, len(each.nodes))
         lines.append(
-            f"KV-head groups by {basis}: {groups}; the round trip inside is {_ms(worst.rtt_s)}, "
-            f"tensor parallelism pays below {_ms(pays_s)}"
+            f"KV-head groups by {basis}: {groups}; the round trip inside is {ms(worst.rtt_s)}, "
+            f"tensor parallelism pays below {ms(pays_s)}"
         )
     return lines
 
@@ -167,7 +165,7 @@ def _ring(search: Search, chosen: Candidate) -> str:
     taken_s = sum(search.assembler.hop_s(a, b, size) for a, b in pairs)
     among = "the least found" if len(islands) > EXACT else "the least of all orders"
     praise = f", {among}" if taken_s <= least_s * (1 + 1e-9) else ""
-    return f"the ring {hops} takes {_ms(total_s)} a turn{praise}; layers: {layers}{suffix}"
+    return f"the ring {hops} takes {ms(total_s)} a turn{praise}; layers: {layers}{suffix}"
 
 
 def _memory(chosen: Candidate, context: int) -> str:
@@ -176,7 +174,3 @@ def _memory(chosen: Candidate, context: int) -> str:
         for node, fixed, layer in zip(each.nodes, each.fixed_bytes, each.layer_bytes, strict=True):
             shares.append(f"{node.key} {megabytes(fixed + layers * layer)} of {megabytes(node.usable_bytes)}")
     return f"memory with a KV cache of {context} tokens: {', '.join(shares)}"
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms" if seconds < 0.1 else f"{seconds * 1e3:.0f} ms"

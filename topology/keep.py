@@ -11,34 +11,50 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from topology.candidate import Candidate, Island
-from topology.cost import POLICIES, attention_bytes, mlp_bytes
+from topology.cost import POLICIES, attention_bytes, mlp_bytes, width
 from topology.model import ModelSpec
 from topology.objective import value
+from topology.picture import UNMEASURED_BANDWIDTH
 from topology.plan import Plan
 from topology.search import Search
 
-#: A steadier plan may cost this much more than the best.
+#: A plan that keeps more may be this much worse than the best: what calibration repeats to, twice over.
 TOLERANCE: Final = 0.10
+#: The same for a plan that keeps everything which is still there: a drift of 10 % up of what it uses and of 10 % down
+#: of what it does not (1.1 / 0.9) moves nothing.
+STAY: Final = 0.25
+#: What a better plan gains is counted over this long, and weighed against the time that moving weights takes.
+HORIZON_S: Final = 600.0
 #: Places for a boundary between two surviving stages that are tried, where several spans were lost at once.
 _SPLITS: Final = 3
 
 
 def kept_bytes(candidate: Candidate, previous: Plan) -> int:
     """Layer weight bytes that are already where the candidate wants them."""
+    return sum(kept_by_device(candidate, previous).values())
+
+
+def kept_by_device(candidate: Candidate, previous: Plan) -> dict[str, int]:
+    """The same by `site/device`."""
     model = previous.model
     held = {
         shard.key: (stage.start, stage.end, shard.kv_heads, shard.columns)
         for stage in previous.stages
         for shard in stage.shards
     }
-    total, start = 0, 0
+    for standby in previous.standbys:
+        stage = previous.stages[standby.stage]
+        shard = stage.shards[standby.rank]
+        held[standby.key] = (stage.start, stage.end, shard.kv_heads, shard.columns)
+    total: dict[str, int] = {}
+    start = 0
     for each, layers in zip(candidate.fits, candidate.counts, strict=True):
         for rank, node in enumerate(each.nodes):
             if node.key in held:
                 old_start, old_end, kv_heads, columns = held[node.key]
                 common = _overlap((start, start + layers), (old_start, old_end))
                 groups = _overlap(each.kv_heads[rank], kv_heads)
-                total += common * (
+                total[node.key] = common * (
                     attention_bytes(model, groups) + mlp_bytes(model, _overlap(each.columns[rank], columns))
                 )
         start += layers
@@ -52,6 +68,9 @@ def kept(search: Search, previous: Plan, best: Candidate) -> list[Candidate]:
     islands = [_surviving(search, stage.shards) for stage in previous.stages]
     spans = [stage.end - stage.start for stage in previous.stages]
     found: list[Candidate | None] = []
+    helped = _helped(search, previous)
+    if all(helped):
+        found += _all(search, [island for island in helped if island], spans)
     if all(islands):
         found += _all(search, [island for island in islands if island], spans)
     elif any(islands):
@@ -66,22 +85,62 @@ def kept(search: Search, previous: Plan, best: Candidate) -> list[Candidate]:
 def steadiest(
     search: Search, best: Candidate, candidates: Sequence[Candidate], previous: Plan
 ) -> tuple[Candidate, tuple[str, ...]]:
-    """The candidate that keeps most in place among those within the tolerance of the best, and a sentence on it."""
+    """The candidate that keeps most in place among those within the tolerance of the best, and a sentence on it.
+
+    What the best plan would move beyond what another moves adds to that other's tolerance: its seconds over
+    `HORIZON_S`. A plan that keeps everything that is still there has the larger tolerance `STAY`: leaving it loses
+    the KV caches as well.
+    """
     wish = search.constraints.wish
-    most = value(best, wish) * (1 + TOLERANCE)
-    near = [best, *(candidate for candidate in candidates if value(candidate, wish) <= most)]
-    chosen = max(near, key=lambda c: (kept_bytes(c, previous), -near.index(c)))
     whole = search.model.layers * (
         attention_bytes(search.model, search.model.kv_heads) + mlp_bytes(search.model, search.model.intermediate)
     )
-    share = kept_bytes(chosen, previous) / whole
-    line = f"{share:.0%} of the layer weights stay where they are"
+    present = {node.key for name in search.picture.sites for node in search.picture.nodes[name]}
+    left = sum(size for key, size in _held_bytes(previous).items() if key in present)
+    moving_s = _moving_s(search, best, previous)
+
+    def near(candidate: Candidate) -> bool:
+        everything = kept_bytes(candidate, previous) >= left and previous.objective == wish
+        tolerance = STAY if everything else TOLERANCE
+        tolerance += max(moving_s - _moving_s(search, candidate, previous), 0.0) / HORIZON_S
+        return value(candidate, wish) <= value(best, wish) * (1 + tolerance)
+
+    close = [best, *filter(near, candidates)]
+    chosen = max(close, key=lambda c: (kept_bytes(c, previous), -close.index(c)))
+    line = f"{kept_bytes(chosen, previous) / whole:.0%} of the layer weights stay where they are"
     if chosen is not best:
-        slower = max(chosen.token_s / best.token_s - 1, 0.0)
+        worse = max(value(chosen, wish) / value(best, wish) - 1, 0.0)
         line += (
-            f", for {slower:.1%} more latency than the best plan, which keeps {kept_bytes(best, previous) / whole:.0%}"
+            f": the best plan is {worse:.1%} better but keeps {kept_bytes(best, previous) / whole:.0%}, "
+            f"it would have to move weights for {moving_s:.3g} s"
         )
     return chosen, (line,)
+
+
+def _moving_s(search: Search, candidate: Candidate, previous: Plan) -> float:
+    """Seconds until every device has the layer weights that it lacks, one after the other over the widest paths."""
+    held = kept_by_device(candidate, previous)
+    sources = [name for name in previous.sites if name in search.picture.nodes] or list(search.picture.sites)
+    took = 0.0
+    for each, layers in zip(candidate.fits, candidate.counts, strict=True):
+        for rank, node in enumerate(each.nodes):
+            groups, columns = width(each.kv_heads[rank]), width(each.columns[rank])
+            size = layers * (attention_bytes(search.model, groups) + mlp_bytes(search.model, columns))
+            paths = [search.picture.path(name, node.site) for name in sources]
+            widest = max((path.bandwidth for path in paths if path.reachable), default=UNMEASURED_BANDWIDTH)
+            took += (size - held.get(node.key, 0)) / widest
+    return took
+
+
+def _held_bytes(previous: Plan) -> dict[str, int]:
+    """Layer weight bytes by the `site/device` that serves them."""
+    model = previous.model
+    return {
+        shard.key: (stage.end - stage.start)
+        * (attention_bytes(model, width(shard.kv_heads)) + mlp_bytes(model, width(shard.columns)))
+        for stage in previous.stages
+        for shard in stage.shards
+    }
 
 
 def _surviving(search: Search, shards: Sequence[object]) -> Island | None:
@@ -89,6 +148,22 @@ def _surviving(search: Search, shards: Sequence[object]) -> Island | None:
     nodes = {node.key: node for name in search.picture.sites for node in search.picture.nodes[name]}
     keys = [getattr(shard, "key", "") for shard in shards]
     return tuple(sorted((nodes[key] for key in keys if key in nodes), key=lambda node: node.rank)) or None
+
+
+def _helped(search: Search, previous: Plan) -> list[Island | None]:
+    """The devices of every stage that are still usable, standbys in the places of those that are not."""
+    present = {node.key for name in search.picture.sites for node in search.picture.nodes[name]}
+    instead = {(standby.stage, standby.rank): standby for standby in previous.standbys if standby.key in present}
+    return [
+        _surviving(
+            search,
+            [
+                shard if shard.key in present else instead.get((index, rank), shard)
+                for rank, shard in enumerate(stage.shards)
+            ],
+        )
+        for index, stage in enumerate(previous.stages)
+    ]
 
 
 def _same_shape(old: ModelSpec, new: ModelSpec) -> bool:

@@ -12,22 +12,24 @@ latency: then whatever is best, and the plan says so.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
+from topology.archive import alternatives, pareto
 from topology.checks import nearest
 from topology.constraints import Constraints
+from topology.displace import RunningJob, displace
 from topology.eligible import check_names
 from topology.errors import ConstraintError, NoFeasiblePlan, Shortfall, TopologyError
 from topology.explain import why
-from topology.keep import kept, steadiest
 from topology.model import DTYPE_BYTES, ModelSpec
 from topology.picture import look
-from topology.plan import Plan
-from topology.search import Outcome, Search
+from topology.plan import Plan, Replica
+from topology.relax import relaxations
 from topology.shortfall import shortfalls
 from topology.snapshot import Snapshot
+from topology.solve import Request, Solution, solve
 
 #: Values of `strategy`.
 STRATEGIES: Final = ("auto", "tensor_parallelism", "pipeline")
@@ -43,13 +45,15 @@ def partition(
     strategy: str = "auto",
     previous: Plan | None = None,
     origin: str | None = None,
+    running: Sequence[RunningJob] = (),
 ) -> Plan:
     """The plan for a model on a mesh. Pure: equal arguments give equal plans, in whatever order sites came in.
 
-    `previous` is the plan that a job runs by now: where a plan that leaves more weights in place is predicted within
-    10 % of the best, it is taken. The caller gives back what the job holds with `Snapshot.with_freed` first. Site names
+    `previous` is the plan that a job runs by now: a plan that keeps what is still there is taken where the best is
+    not much better, and the more that would have to move the less it may be (`topology.keep`). The caller gives back what the job holds with `Snapshot.with_freed` first. Site names
     in the constraints that are gone from the snapshot are then taken for lost, not for misspelt. `origin` is the site
-    where the job was submitted, which `private` needs.
+    where the job was submitted, which `private` needs. `running` are the jobs that may be displaced where their
+    priority is lower; `Plan.displaces` names those that must be.
 
     Raises ConstraintError for a wrong constraint or strategy, NoFeasiblePlan with what is missing, and TopologyError
     for an impossible model or a snapshot that contradicts itself.
@@ -64,27 +68,35 @@ def partition(
     model = _checked(replace(model, dtype=wishes.dtype) if wishes.dtype else model)
     context = wishes.context or min(model.context, DEFAULT_CONTEXT)
     _possible(model, wishes, context)
-    attempts = [(wishes, True), (wishes, False)]
-    if previous is not None and wishes.forced:
-        # A loss can make a forced shape impossible; a running job goes on in another shape.
-        free = replace(wishes, stages=None, shards=None)
-        attempts += [(free, True), (free, False)]
-    outcome: Outcome | None = None
-    for asked, reserve in attempts:
-        picture = look(snapshot, model, asked, reserve=reserve, origin=origin)
-        search = Search(picture, model, context, asked, strategy)
-        outcome = search.run()
-        if outcome.best is None:
-            continue
-        chosen, extra = outcome.best, tuple[str, ...]()
-        if previous is not None:
-            chosen, extra = steadiest(search, chosen, kept(search, previous, outcome.best), previous)
-        if asked is not wishes:
-            extra += (f"the forced shape, stages={wishes.stages} shards={wishes.shards}, is no longer possible",)
-        reasons = why(search, chosen, context, reserve=reserve, extra=extra, cut_short=outcome.cut_short)
-        return chosen.plan(model, context, reasons, wishes.wish)
+    request = Request(snapshot, model, context, wishes, strategy, origin, previous)
+    solution, outcome = solve(request)
+    displaces: tuple[str, ...] = ()
+    if solution is None and (given_way := displace(request, running)) is not None:
+        solution, displaces = given_way
+    if solution is not None:
+        return _plan(request, solution, displaces)
     missing = shortfalls(snapshot, model, context, wishes, strategy=strategy, outcome=outcome, origin=origin)
-    raise NoFeasiblePlan(model.name, missing, look(snapshot, model, wishes).notes)
+    raise NoFeasiblePlan(model.name, missing, look(snapshot, model, wishes).notes, relaxations(request))
+
+
+def _plan(request: Request, solution: Solution, displaces: tuple[str, ...]) -> Plan:
+    """The value that peers exchange, with all its reasons."""
+    chosen, fleet = solution.chosen, solution.fleet
+    front, others = pareto(solution.archive.front, chosen), alternatives(solution.archive.best, chosen)
+    reasons = why(request, solution, displaces)
+    plan = chosen.plan(request.model, request.context, reasons, request.constraints.wish)
+    rings = () if fleet is None else tuple(zip(fleet.rings, fleet.shares, fleet.rates, strict=True))
+    return replace(
+        plan,
+        predicted=replace(plan.predicted, saturated_tokens_per_s=solution.rate, price_per_hour=solution.price_per_hour),
+        concurrency=request.constraints.requests,
+        share=rings[0][1] if rings else 1.0,
+        standbys=solution.standbys,
+        replicas=tuple(Replica(ring.stages, share, ring.token_s * 1e3, rate) for ring, share, rate in rings[1:]),
+        pareto=front,
+        alternatives=others,
+        displaces=displaces,
+    )
 
 
 def _widths(constraints: Constraints) -> tuple[int, ...]:

@@ -8,8 +8,8 @@ broken or lying peer cannot stop the others from planning.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from topology.constraints import Constraints
@@ -106,6 +106,11 @@ class Picture:
     def path(self, source: str, target: str) -> Path:
         """The path from one site to another."""
         return self.paths[source, target]
+
+    def without(self, keys: Collection[str]) -> Picture:
+        """The picture as if the devices of those `site/device` keys did not exist."""
+        kept = {name: tuple(node for node in nodes if node.key not in keys) for name, nodes in self.nodes.items()}
+        return replace(self, nodes={name: nodes for name, nodes in kept.items() if nodes})
 
     def price_per_hour(self, nodes: Iterable[Node]) -> float:
         """What these devices and their sites cost an hour, together."""

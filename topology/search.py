@@ -43,8 +43,16 @@ class Search:
     """One search over one picture."""
 
     def __init__(
-        self, picture: Picture, model: ModelSpec, context: int, constraints: Constraints, strategy: str
+        self,
+        picture: Picture,
+        model: ModelSpec,
+        context: int,
+        constraints: Constraints,
+        strategy: str,
+        *,
+        max_work: float = MAX_WORK,
     ) -> None:
+        self._max_work = max_work
         self.picture, self.model, self.constraints, self.strategy = picture, model, constraints, strategy
         self.assembler = Assembler(picture, model, context, constraints)
         self._found: dict[frozenset[str], Candidate | None] = {}
@@ -73,7 +81,7 @@ class Search:
     @property
     def exhausted(self) -> bool:
         """Whether the budget is spent."""
-        return self.assembler.work >= MAX_WORK
+        return self.assembler.work >= self._max_work
 
     def meets(self, candidate: Candidate) -> bool:
         """Whether the candidate is within every limit."""

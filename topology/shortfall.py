@@ -6,7 +6,9 @@ what the model takes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, Final
 
 from topology.candidate import Candidate
 from topology.constraints import Constraints
@@ -16,6 +18,17 @@ from topology.model import ModelSpec
 from topology.picture import Picture, look
 from topology.search import Outcome, Search
 from topology.snapshot import Snapshot
+
+#: Work of one plan that is tried to see whether a constraint is in the way.
+TRY_WORK: Final = 5_000
+
+#: Limits: the objective that comes nearest to meeting each, the unit, and the figure.
+_LIMITS: Final[dict[str, tuple[str, str, Callable[[Candidate], float]]]] = {
+    "max_token_latency_ms": ("latency", "ms", lambda c: c.token_s * 1e3),
+    "max_first_token_ms": ("first_token", "ms", lambda c: c.first_token_s * 1e3),
+    "min_tokens_per_s": ("throughput", "tokens/s", lambda c: c.rate),
+    "max_price_per_hour": ("cost", "an hour", lambda c: c.price_per_hour),
+}
 
 
 def shortfalls(
@@ -32,17 +45,15 @@ def shortfalls(
 
     def tried(wishes: Constraints, *, ignore_unreachable: bool = False) -> Candidate | None:
         picture = look(snapshot, model, wishes, reserve=False, ignore_unreachable=ignore_unreachable, origin=origin)
-        return Search(picture, model, context, wishes, strategy).run().best
+        return Search(picture, model, context, wishes, strategy, max_work=TRY_WORK).run().best
 
     picture = look(snapshot, model, constraints, reserve=False, origin=origin)
+    constraints = replace(constraints, standbys=0, replicas=1)
     found: list[Shortfall] = []
-    limit = constraints.max_token_latency_ms
-    if limit is not None and outcome is not None and outcome.fastest is not None:
-        quickest = (
-            tried(replace(constraints, max_token_latency_ms=None, min_latency="low", objective=None)) or outcome.fastest
-        )
-        took = quickest.token_s * 1e3
-        return (Shortfall("max_token_latency_ms", limit, took, took - limit, "ms"),)
+    if outcome is not None and outcome.fastest is not None:
+        missed = _limits(constraints, tried, outcome.fastest)
+        if missed:
+            return missed
     if not picture.sites:
         return (_nowhere(snapshot, constraints),)
     if constraints.forced:
@@ -62,16 +73,53 @@ def shortfalls(
         ("sites", replace(constraints, sites=())),
         ("exclude_sites", replace(constraints, exclude_sites=())),
         ("regions", replace(constraints, regions=())),
+        ("exclude_regions", replace(constraints, exclude_regions=())),
+        ("vendors", replace(constraints, vendors=())),
+        ("needs", replace(constraints, needs=())),
+        ("trusted_only", replace(constraints, trusted_only=False)),
+        ("private", replace(constraints, private=False)),
     ):
         if lifted != constraints:
             wider = tried(lifted)
             if wider is not None:
                 here = len(picture.sites)
                 extra = len(wider.sites - set(picture.sites))
-                found.append(Shortfall(name, here + extra, here, extra, "sites"))
+                if extra:
+                    found.append(Shortfall(name, here + extra, here, extra, "sites"))
+                else:
+                    found.append(_devices(name, wider, picture))
     if not found or (joined is None and not constraints.forced):
         found.insert(0, _memory(picture, model, context, constraints))
     return tuple(found)
+
+
+def _limits(
+    constraints: Constraints, tried: Callable[[Constraints], Candidate | None], fastest: Candidate
+) -> tuple[Shortfall, ...]:
+    """The limits that the plan which is best for each misses; all of them where only together they cannot be met."""
+    asked = [(name, *how) for name, how in _LIMITS.items() if getattr(constraints, name) is not None]
+    without: dict[str, Any] = dict.fromkeys((name for name, *_ in asked), None)
+    free = replace(constraints, **without)
+    for base in (free, constraints):
+        found = []
+        for name, objective, unit, figure in asked:
+            changed: dict[str, Any] = {name: None, "objective": objective, "min_latency": "medium"}
+            available = figure(tried(replace(base, **changed)) or fastest)
+            limit = getattr(constraints, name)
+            missing = limit - available if name == "min_tokens_per_s" else available - limit
+            if missing > 0:
+                found.append(Shortfall(name, limit, available, missing, unit))
+        if found:
+            return tuple(found)
+    return ()
+
+
+def _devices(name: str, wider: Candidate, picture: Picture) -> Shortfall:
+    """How many devices of the plan there would be are kept out by constraint `name`."""
+    here = {node.key for nodes in picture.nodes.values() for node in nodes}
+    used = {node.key for each in wider.fits for node in each.nodes}
+    missing = max(len(used - here), 1)
+    return Shortfall(name, len(used & here) + missing, len(used & here), missing, "devices")
 
 
 def _memory(picture: Picture, model: ModelSpec, context: int, constraints: Constraints) -> Shortfall:
@@ -79,17 +127,17 @@ def _memory(picture: Picture, model: ModelSpec, context: int, constraints: Const
     rooms = sorted((sum(n.usable_bytes for n in picture.nodes[name]) for name in picture.sites), reverse=True)
     most = min(len(rooms), constraints.max_sites or len(rooms), model.layers)
     available = sum(rooms[:most])
-    need = needed_bytes(model, context, most)
+    need = needed_bytes(model, context, most, constraints.requests)
     if need <= available:
         # There is room in all, but whole layers do not fit into the pieces: one layer's worth is missing at least.
-        piece = model.layer_bytes + model.kv_bytes_per_token(1) * context
+        piece = model.layer_bytes + model.kv_bytes_per_token(1) * context * constraints.requests
         return Shortfall("memory", available + piece, available, piece, "bytes")
     return Shortfall("memory", need, available, need - available, "bytes")
 
 
 def _nowhere(snapshot: Snapshot, constraints: Constraints) -> Shortfall:
     """No site is left: by the constraints, or because no site has a usable device."""
-    for name in ("regions", "exclude_sites", "sites"):
+    for name in ("regions", "exclude_regions", "exclude_sites", "sites", "trusted_only", "vendors", "needs"):
         if getattr(constraints, name) and snapshot.sites:
             return Shortfall(name, 1, 0, 1, "sites")
     return Shortfall("sites", 1, 0, 1, "sites")

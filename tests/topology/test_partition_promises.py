@@ -144,7 +144,7 @@ def test_low_is_never_slower_than_medium(snapshot: Snapshot) -> None:
 
 @quick
 @given(snapshots(), strategies, st.integers(0, 4))
-def test_planning_again_after_a_loss_is_sound_and_within_a_tenth_of_the_best(
+def test_planning_again_after_a_loss_is_sound_and_within_a_quarter_of_the_best(
     snapshot: Snapshot, strategy: str, which: int
 ) -> None:
     plan = planned(snapshot, strategy, "low")
@@ -165,7 +165,7 @@ def test_planning_again_after_a_loss_is_sound_and_within_a_tenth_of_the_best(
     if reserve:
         fresh = planned(rest, strategy, "low")
         assert fresh is not None
-        assert again.predicted.token_ms <= fresh.predicted.token_ms * 1.1 * 1.011
+        assert again.predicted.token_ms <= fresh.predicted.token_ms * 1.25 * 1.011
 
 
 @quick

@@ -1,0 +1,117 @@
+"""Sentences of a plan's reasons that compare figures: the bottleneck, the bound, the front, the next best, the rest."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING
+
+from topology.archive import alternatives, figures
+from topology.candidate import Candidate
+from topology.cost import LAYER_OVERHEAD_S
+from topology.errors import megabytes, ms
+from topology.model import ModelSpec
+from topology.picture import Picture
+
+if TYPE_CHECKING:
+    from topology.solve import Solution
+
+
+def bottleneck(chosen: Candidate, picture: Picture, model: ModelSpec) -> str:
+    """Which stage or hop takes most of a token, which one limits the rate, and by how much more than the next."""
+    stages, hops, carried = [], [], []
+    for each, layers in zip(chosen.fits, chosen.counts, strict=True):
+        name = " + ".join(node.key for node in each.nodes)
+        network_s = layers * each.layer_network_s + each.head_network_s
+        stages.append((layers * each.layer_s + each.head_s + network_s, name))
+    leads = [each.nodes[0].site for each in chosen.fits]
+    if len(leads) > 1:
+        for a, b in zip(leads, [*leads[1:], leads[0]], strict=True):
+            hops.append((picture.path(a, b).transfer_s(model.activation_bytes), f"the hop {a} -> {b}"))
+            carried.append((model.activation_bytes / picture.path(a, b).bandwidth, f"the bandwidth {a} -> {b}"))
+    if len(stages) == 1:
+        what = "its own speed" if len(chosen.fits[0].nodes) == 1 else "its slowest device and its all-reduces"
+        return f"the bottleneck is {stages[0][1]} by {what}: all {ms(chosen.token_s)} of a token are spent there"
+    longest = max(stages + hops, key=lambda part: (part[0], part[1]))
+    line = f"the bottleneck of a token is {longest[1]}: {ms(longest[0])} of {ms(chosen.token_s)}"
+    slowest, following = sorted(stages + carried, key=lambda part: (-part[0], part[1]))[:2]
+    return (
+        f"{line}; of the rate it is {slowest[1]}: {ms(slowest[0])} between tokens, "
+        f"{slowest[0] / following[0] - 1:.0%} more than {following[1]}"
+    )
+
+
+def weighed(solution: Solution) -> list[str]:
+    """The bound on any plan, the front and where the chosen plan is on it, and the next best plan."""
+    search, chosen = solution.search, solution.chosen
+    least_s, most = bounds(search.picture, search.model)
+    lines = [
+        f"no plan on these devices takes less than {ms(least_s)} a token or gives more than {most:.3g} tokens/s: "
+        f"this one is within {max(chosen.token_s / least_s - 1, 0.0):.0%} and {max(most / solution.rate - 1, 0.0):.0%}"
+    ]
+    front = solution.archive.front
+    if len(front) > 1:
+        quick, rich = front[0], front[-1]
+        ends = (
+            f"of {len(front)} plans that none beats in both, the quickest takes {ms(quick.token_s)} a token "
+            f"({quick.rate:.3g} tokens/s over many requests) and the one of most throughput {ms(rich.token_s)} "
+            f"({rich.rate:.3g} tokens/s)"
+        )
+        if figures(chosen) not in {figures(each) for each in front} and solution.fleet is None:
+            ends += "; the chosen one is beaten in both, but not in what was asked"
+        lines.append(ends)
+    following = alternatives(solution.archive.best, chosen)[:1]
+    lines += [f"the next best plan is {each.layout}: {each.costs}" for each in following]
+    return lines
+
+
+def besides(solution: Solution, displaces: tuple[str, ...]) -> list[str]:
+    """Micro-batches, further rings, standbys, price, and who has to give way."""
+    chosen, lines = solution.chosen, []
+    if chosen.in_flight > 1:
+        lines.append(f"{chosen.in_flight} requests in flight keep the slowest stage busy")
+    if solution.fleet is not None:
+        parts = [
+            f"{ring.layout} {share:.0%} ({rate:.3g} tokens/s)"
+            for ring, share, rate in zip(solution.fleet.rings, solution.fleet.shares, solution.fleet.rates, strict=True)
+        ]
+        lines.append(f"{len(parts)} rings share the requests: {'; '.join(parts)}")
+    for standby in solution.standbys:
+        covered = chosen.stages[standby.stage].shards[standby.rank]
+        lines.append(f"{standby.key} stands by for {covered.key} with {megabytes(standby.memory_bytes)}")
+    if solution.price_per_hour:
+        per_million = solution.price_per_hour / 3600 / solution.rate * 1e6
+        lines.append(
+            f"it costs {solution.price_per_hour:.3g} an hour, {per_million:.3g} for a million tokens at its rate"
+        )
+    if displaces:
+        lines.append(f"nothing fits beside what runs: {', '.join(displaces)} of lower priority must give way")
+    return lines
+
+
+def bounds(picture: Picture, model: ModelSpec) -> tuple[float, float]:
+    """Seconds a token and tokens a second over many requests that no plan on these devices can beat.
+
+    A token reads every layer once: at best from all devices of a site at the sum of their speeds, the fastest sites
+    first and as far as their memory goes; where an island could reach across sites, from all devices of the mesh. Sites
+    that memory makes necessary are reached over the shortest hop of all. A rate is at best all devices reading at once.
+    """
+    layer = model.layer_bytes - 2 * model.row_bytes
+    every = math.fsum(node.speed for nodes in picture.nodes.values() for node in nodes)
+    sites = sorted(
+        (-sum(n.speed for n in nodes), sum(n.usable_bytes for n in nodes)) for nodes in picture.nodes.values()
+    )
+    hops_s = [path.one_way_s for (a, b), path in picture.paths.items() if a != b]
+    nearest_s = min(hops_s, default=0.0)
+    most = every / (model.layers * layer)
+    if 2 * nearest_s < layer / -sites[0][0]:
+        return model.layers * (layer / every + LAYER_OVERHEAD_S), most
+    total_s, left = model.layers * LAYER_OVERHEAD_S, model.layers
+    for speed, room in sites:
+        taken = min(left, room // layer)
+        total_s += taken * layer / -speed
+        left -= taken
+    total_s += left * layer / -sites[0][0]
+    rooms = itertools.accumulate(sorted((room for _, room in sites), reverse=True))
+    needed = next((count for count, room in enumerate(rooms, 1) if room >= model.layers * layer), 1)
+    return total_s + (needed * nearest_s if needed > 1 else 0.0), most

@@ -1,0 +1,144 @@
+"""Several rings of one model: which devices make up each, and how the requests are split over them.
+
+Rings hold no device in common. They are made one after the other on what the former left, in a few ways (by the
+objective itself, compact, quick), and the way whose rings together serve the objective best is taken: a heuristic,
+which the bound in a plan's reasons puts into proportion. The split is exact: a linear program (HiGHS) gives the
+rings the largest sum of rates that their stages, and links which several rings share, allow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from topology.candidate import Candidate
+from topology.constraints import Constraints
+from topology.picture import Picture
+from topology.search import Search
+
+#: Rings that "auto" tries at most.
+MAX_RINGS: Final = 8
+#: Objectives of single rings that are tried besides the asked one, where rates count.
+WAYS: Final = ("fewest_sites", "latency", "balanced")
+
+MakeSearch = Callable[[Picture, Constraints], Search]
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """Rings of one model, the first leads; tokens a second of each, and the searches that found them."""
+
+    rings: tuple[Candidate, ...]
+    rates: tuple[float, ...]
+    searches: tuple[Search, ...]
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second of all rings."""
+        return math.fsum(self.rates)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Which part of the requests each ring takes."""
+        return tuple(rate / self.rate for rate in self.rates)
+
+    @property
+    def sites(self) -> frozenset[str]:
+        """Every site of every ring."""
+        return frozenset().union(*(ring.sites for ring in self.rings))
+
+    def price_per_hour(self, picture: Picture) -> float:
+        """Of all devices and sites."""
+        return picture.price_per_hour(node for ring in self.rings for each in ring.fits for node in each.nodes)
+
+    def worth(self, wish: str, picture: Picture) -> tuple[object, ...]:
+        """Sorts the better fleet first."""
+        token_s = math.fsum(s * ring.token_s for s, ring in zip(self.shares, self.rings, strict=True))
+        first_s = math.fsum(s * ring.first_token_s for s, ring in zip(self.shares, self.rings, strict=True))
+        figure = {
+            "latency": token_s,
+            "fewest_sites": float(len(self.sites)),
+            "throughput": 1 / self.rate,
+            "first_token": first_s,
+            "cost": self.price_per_hour(picture) / self.rate,
+            "balanced": token_s / self.rate,
+        }[wish]
+        return (round(figure * 1e9), round(token_s * 1e9), len(self.sites), tuple(ring.identity for ring in self.rings))
+
+
+def fleet(picture: Picture, wishes: Constraints, make: MakeSearch) -> Fleet | None:
+    """The rings that `replicas` asks for, or None where there are not as many or they miss a limit together."""
+    asked = wishes.replicas
+    counts = range(1, MAX_RINGS + 1) if asked == "auto" else [int(asked)]
+    rates_count = wishes.wish in ("throughput", "cost", "balanced")
+    best: Fleet | None = None
+    for count in counts:
+        found = [_rings(picture, wishes, way, count, make) for way in dict.fromkeys((wishes.wish, *WAYS))]
+        good = [each for each in found if each is not None]
+        for each in good:
+            enough = wishes.min_tokens_per_s is None or each.rate >= wishes.min_tokens_per_s * (1 - 1e-12)
+            if enough and (best is None or each.worth(wishes.wish, picture) < best.worth(wishes.wish, picture)):
+                best = each
+        if (best is not None and not rates_count) or (not good and wishes.concurrency is None):
+            break  # more rings do not help, or do not fit
+    return best
+
+
+def _rings(picture: Picture, wishes: Constraints, way: str, count: int, make: MakeSearch) -> Fleet | None:
+    rings: list[Candidate] = []
+    searches: list[Search] = []
+    requests = None if wishes.concurrency is None else -(-wishes.concurrency // count)
+    left = picture
+    for _ in range(count):
+        used = frozenset(node.key for ring in rings for each in ring.fits for node in each.nodes)
+        sites = frozenset(name for ring in rings for name in ring.sites)
+        left = picture.without(used)
+        asked = replace(
+            wishes,
+            objective=None if way == "fewest_sites" else way,
+            min_latency="medium",
+            replicas=1,
+            standbys=0,
+            min_tokens_per_s=None,
+            concurrency=requests,
+        )
+        if wishes.max_sites is not None and sites:
+            if len(sites) >= wishes.max_sites:
+                left = replace(left, nodes={name: nodes for name, nodes in left.nodes.items() if name in sites})
+            else:
+                asked = replace(asked, max_sites=wishes.max_sites - len(sites))
+        if wishes.max_price_per_hour is not None:
+            spent = picture.price_per_hour(n for ring in rings for each in ring.fits for n in each.nodes)
+            if spent >= wishes.max_price_per_hour:
+                return None
+            asked = replace(asked, max_price_per_hour=wishes.max_price_per_hour - spent)
+        search = make(left, asked)
+        ring = search.run().best
+        if ring is None:
+            return None
+        rings.append(ring)
+        searches.append(search)
+    return Fleet(tuple(rings), rates(picture, searches[0].model.activation_bytes, rings), tuple(searches))
+
+
+def rates(picture: Picture, activation_bytes: int, rings: Sequence[Candidate]) -> tuple[float, ...]:
+    """Tokens a second of each ring when all run: the largest sum that stages and shared links allow."""
+    links: dict[tuple[str, str], Counter[int]] = {}
+    for index, ring in enumerate(rings):
+        leads = [each.nodes[0].site for each in ring.fits]
+        for pair in zip(leads, [*leads[1:], leads[0]], strict=True) if len(leads) > 1 else ():
+            links.setdefault(pair, Counter())[index] += 1
+    shared = sorted((pair, uses) for pair, uses in links.items() if len(uses) > 1)
+    own = [ring.rate for ring in rings]
+    if not shared:
+        return tuple(own)
+    rows = [[uses[index] for index in range(len(rings))] for _, uses in shared]
+    most = [picture.path(*pair).bandwidth / activation_bytes for pair, _ in shared]
+    from scipy.optimize import linprog  # only plans with replicas wait for its import
+
+    found = linprog([-1.0] * len(rings), A_ub=rows, b_ub=most, bounds=[(0.0, each) for each in own], method="highs")
+    solved = own if found.x is None else [float(value) for value in found.x]
+    return tuple(max(value, 1e-9) for value in solved)

@@ -1,0 +1,203 @@
+"""From a request to its solution: the picture, the search, further rings, standbys, and what was weighed besides.
+
+`solve` is what planning, planning again, displacing and relaxing have in common. It gives None where nothing satisfies
+the constraints, and never explains: that is `topology.explain` and `topology.relax`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+from topology.archive import Archive
+from topology.candidate import Candidate
+from topology.constraints import Constraints
+from topology.keep import kept, steadiest
+from topology.model import ModelSpec
+from topology.picture import Picture, look
+from topology.plan import Plan, Standby
+from topology.prefer import already_there
+from topology.replicas import Fleet, fleet
+from topology.search import MAX_WORK, Outcome, Search
+from topology.snapshot import Snapshot
+from topology.standby import place
+
+#: Objectives whose searches make up the front, each with this much work at most: about 0.2 s.
+FRONT: Final = ("latency", "throughput", "balanced")
+FRONT_WORK: Final = 2_000
+
+
+@dataclass(frozen=True)
+class Request:
+    """All that a plan depends on. `constraints` are parsed, `model` is checked.
+
+    `keep_reserve`: try to leave the reserve of every device free, before it is used.
+    """
+
+    snapshot: Snapshot
+    model: ModelSpec
+    context: int
+    constraints: Constraints
+    strategy: str = "auto"
+    origin: str | None = None
+    previous: Plan | None = None
+    keep_reserve: bool = True
+
+    def search(self, picture: Picture, constraints: Constraints, max_work: float = MAX_WORK) -> Search:
+        """A search of the picture."""
+        return Search(picture, self.model, self.context, constraints, self.strategy, max_work=max_work)
+
+    def look(self, constraints: Constraints, *, reserve: bool) -> Picture:
+        """The picture under these constraints."""
+        return look(self.snapshot, self.model, constraints, reserve=reserve, origin=self.origin)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What was chosen, and what it was chosen from. `extra` are sentences for the plan's reasons."""
+
+    search: Search
+    chosen: Candidate
+    archive: Archive
+    fleet: Fleet | None = None
+    standbys: tuple[Standby, ...] = ()
+    reserve: bool = True
+    cut_short: bool = False
+    price_per_hour: float = 0.0
+    extra: tuple[str, ...] = ()
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second of all rings."""
+        return self.chosen.rate if self.fleet is None else self.fleet.rate
+
+    @property
+    def sites(self) -> frozenset[str]:
+        """Sites of all rings, standbys apart."""
+        return self.chosen.sites if self.fleet is None else self.fleet.sites
+
+
+def solve(request: Request, *, thorough: bool = True, max_work: float = MAX_WORK) -> tuple[Solution | None, Outcome]:
+    """The solution if there is one, and how the last search ended. `thorough`: look for the whole front as well."""
+    wishes = request.constraints
+    outcome = Outcome(None, None, False)
+    for asked, reserve in _attempts(request):
+        picture = request.look(asked, reserve=reserve)
+        extra = (_lost(wishes),) if asked is not wishes else ()
+        if asked.replicas != 1:
+            solution = _fleet(request, picture, asked, max_work)
+        else:
+            search = request.search(picture, asked, max_work)
+            outcome = search.run()
+            solution = None if outcome.best is None else _single(request, search, outcome.best, thorough=thorough)
+        if solution is not None:
+            return (
+                replace(solution, reserve=reserve, cut_short=outcome.cut_short, extra=solution.extra + extra),
+                outcome,
+            )
+    return None, outcome
+
+
+def _attempts(request: Request) -> Iterator[tuple[Constraints, bool]]:
+    """Constraints, and whether to keep the reserve free; as asked first."""
+    wishes = request.constraints
+    if request.keep_reserve:
+        yield wishes, True
+    yield wishes, False
+    if request.previous is not None and wishes.forced:
+        # A loss can make a forced shape impossible; a running job goes on in another shape.
+        free = replace(wishes, stages=None, shards=None)
+        yield from ((free, True), (free, False))
+    if request.previous is not None and wishes.replicas not in (1, "auto"):
+        # As with the shape: what runs goes on with as many rings as there can be.
+        one = replace(wishes, replicas="auto")
+        yield from ((one, True), (one, False))
+
+
+def _lost(wishes: Constraints) -> str:
+    if wishes.forced:
+        return f"the forced shape, stages={wishes.stages} shards={wishes.shards}, is no longer possible"
+    return f"{wishes.replicas} rings are no longer possible"
+
+
+def _single(request: Request, search: Search, best: Candidate, *, thorough: bool) -> Solution | None:
+    previous, wishes = request.previous, search.constraints
+    archive = search.assembler.archive
+    extra: tuple[str, ...] = ()
+    chosen = best
+    if previous is not None:
+        chosen, extra = steadiest(search, best, kept(search, previous, best), previous)
+    else:
+        chosen, extra = already_there(request.snapshot, search, best)
+    solution = _with_standbys(search, chosen, wishes)
+    if solution is None and previous is not None:
+        # A running job goes on with fewer standbys rather than not at all.
+        fewer = (replace(wishes, standbys=count) for count in range(wishes.standbys - 1, -1, -1))
+        solution = next(s for asked in fewer if (s := _with_standbys(search, chosen, asked)) is not None)
+        extra += (f"{len(solution.standbys)} of {wishes.standbys} standbys are left",)
+    if solution is None:
+        rest = (candidate for candidate in archive.best if candidate.identity != chosen.identity)
+        within = (c for c in rest if wishes.max_sites is None or len(c.sites) <= wishes.max_sites)
+        solution = next((s for c in within if (s := _with_standbys(search, c, wishes)) is not None), None)
+        extra += ("a better plan would leave no room for the standbys",)
+    if solution is None:
+        return None
+    if thorough and previous is None:
+        archive = _whole_front(request, search, archive)
+    return replace(solution, archive=archive, extra=extra)
+
+
+def _with_standbys(search: Search, chosen: Candidate, wishes: Constraints) -> Solution | None:
+    standbys: tuple[Standby, ...] = ()
+    price = chosen.price_per_hour
+    if wishes.standbys:
+        picture = search.picture
+        taken = {node.key for each in chosen.fits for node in each.nodes}
+        placed = place(picture, search.model, chosen, wishes.standbys, taken)
+        if placed is None:
+            return None
+        standbys = placed
+        price = _price(picture, taken | {each.key for each in standbys})
+        if standbys and wishes.max_price_per_hour is not None and price > wishes.max_price_per_hour * (1 + 1e-12):
+            return None
+    return Solution(search, chosen, search.assembler.archive, standbys=standbys, price_per_hour=price)
+
+
+def _price(picture: Picture, keys: set[str]) -> float:
+    return picture.price_per_hour(node for nodes in picture.nodes.values() for node in nodes if node.key in keys)
+
+
+def _whole_front(request: Request, search: Search, archive: Archive) -> Archive:
+    """The archive with what searches for the other figures of the front find."""
+    wishes = search.constraints
+    whole = Archive(wishes.wish)
+    whole.merge(archive)
+    for objective in FRONT:
+        if objective != wishes.wish:
+            other = request.search(
+                search.picture, replace(wishes, objective=objective, min_latency="medium"), FRONT_WORK
+            )
+            other.assembler.share(search.assembler)
+            other.run()
+            whole.merge(other.assembler.archive)
+    return whole
+
+
+def _fleet(request: Request, picture: Picture, asked: Constraints, max_work: float) -> Solution | None:
+    found = fleet(picture, asked, lambda left, wishes: request.search(left, wishes, max_work))
+    if found is None:
+        return None
+    search, chosen = found.searches[0], found.rings[0]
+    taken = {node.key for ring in found.rings for each in ring.fits for node in each.nodes}
+    standbys: tuple[Standby, ...] | None = ()
+    if asked.standbys:
+        standbys = place(picture, request.model, chosen, asked.standbys, taken)
+    if standbys is None:
+        return None
+    price = _price(picture, taken | {each.key for each in standbys})
+    if asked.max_price_per_hour is not None and price > asked.max_price_per_hour * (1 + 1e-12):
+        return None
+    several = found if len(found.rings) > 1 else None
+    archive = search.assembler.archive
+    return Solution(search, chosen, archive, fleet=several, standbys=standbys, price_per_hour=price)
