@@ -50,9 +50,10 @@ def partition(
     """The plan for a model on a mesh. Pure: equal arguments give equal plans, in whatever order sites came in.
 
     `previous` is the plan that a job runs by now: a plan that keeps what is still there is taken where the best is
-    not much better, and the more that would have to move the less it may be (`topology.keep`). The caller gives back what the job holds with `Snapshot.with_freed` first. Site names
-    in the constraints that are gone from the snapshot are then taken for lost, not for misspelt. `origin` is the site
-    where the job was submitted, which `private` needs. `running` are the jobs that may be displaced where their
+    not much better, and the more that would have to move the less it may be (`topology.keep`). The caller gives back
+    what the job holds with `Snapshot.with_freed` first. Site names in the constraints that are gone from the snapshot
+    are then taken for lost, not for misspelt. `origin` is the site where the job was submitted, which `private` needs.
+    `running` are the jobs that may be displaced where their
     priority is lower; `Plan.displaces` names those that must be.
 
     Raises ConstraintError for a wrong constraint or strategy, NoFeasiblePlan with what is missing, and TopologyError
