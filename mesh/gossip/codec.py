@@ -11,6 +11,7 @@ arrived it raises `Malformed` or one of its subclasses (see `sealing`), never an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -48,6 +49,8 @@ _LIST = b"\xdc"
 MAX_MESSAGES = 256
 #: The same in one request over a stream; the smallest that is of use there takes 40.
 MAX_STREAM_MESSAGES = 8192
+#: Names and addresses known to be valid: those of the largest mesh, with some to spare.
+REMEMBERED = 2 * config.MAX_MEMBERS
 #: Indirect probes may not bind a helper for longer.
 MAX_BUDGET_MS = 30_000
 #: News is passed on from peer to peer no further than this: twice what a mesh of the largest size needs.
@@ -198,10 +201,25 @@ def _number(value: Any, low: int, high: int) -> int:
     return value
 
 
-def _name(value: Any) -> str:
+# The same names and addresses come with every datagram: what was found valid is remembered. What was not raises.
+@lru_cache(maxsize=REMEMBERED)
+def _checked_name(value: str) -> str:
     if not config.valid_name(value) or value.startswith(RESERVED_PREFIX):
         raise Malformed("not a name")
-    return str(value)
+    return value
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _checked_address(value: str) -> str:
+    if not config.valid_address(value):
+        raise Malformed("not an address")
+    return value
+
+
+def _name(value: Any) -> str:
+    if type(value) is not str:
+        raise Malformed("not a name")
+    return _checked_name(value)
 
 
 def _owner(value: Any) -> str:
@@ -225,9 +243,9 @@ def _optional_name(value: Any) -> str:
 
 
 def _address(value: Any) -> str:
-    if not config.valid_address(value):
+    if type(value) is not str:
         raise Malformed("not an address")
-    return str(value)
+    return _checked_address(value)
 
 
 def _counter(value: Any) -> int:

@@ -74,6 +74,7 @@ class Reconciler:
         self._quiet_s = gap_s
         self._gap_s = HASTE * gap_s
         self._next_s = 0.0
+        self._started_s = 0.0
         self._learnt = 0
         self._last: dict[str, tuple[bytes, bytes]] = {}
 
@@ -82,8 +83,11 @@ class Reconciler:
         self._last.pop(site, None)
 
     def learnt(self) -> None:
-        """An exchange taught us something."""
+        """An exchange taught us something. If it is much, there is probably more."""
         self._learnt += 1
+        if self._learnt == min(MUCH, 1 + len(self._prints) // MUCH):
+            self._gap_s = HASTE * self._quiet_s
+            self._next_s = min(self._next_s, self._started_s + self._gap_s)
 
     def start(self, site: str, theirs: bytes, now: float) -> list[Message]:
         """What opens an exchange with a site whose fingerprint differs; nothing while it is too early for one."""
@@ -94,9 +98,9 @@ class Reconciler:
         if self._last.get(site) == both:  # the last exchange changed nothing: two sites claim one name
             quiet_s = max(quiet_s, STUCK_GAP_S)
         self._last[site] = both
-        much = min(MUCH, 1 + sites // MUCH)
-        self._gap_s = HASTE * self._quiet_s if self._learnt >= much else min(quiet_s, self._gap_s * 2)
+        self._gap_s = min(quiet_s, self._gap_s * 2)
         self._learnt = 0
+        self._started_s = now
         self._next_s = now + self._gap_s
         count = self._prints.level()
         if count == 1:
