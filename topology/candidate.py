@@ -9,12 +9,12 @@ from functools import cached_property
 
 from topology.archive import Archive
 from topology.balance import balance
-from topology.constraints import Constraints
+from topology.constraints import CODES, Constraints
 from topology.cost import POLICIES, PREFILL_TOKENS, Fit, fit, least_bytes
 from topology.model import ModelSpec
 from topology.objective import LIMITED_SLACKS, SLACKS, Key, excess, key
 from topology.picture import Node, Picture
-from topology.plan import Choice, Plan, Predicted, Shard, Stage
+from topology.plan import Choice, Plan, Predicted, Shard, Stage, device_of
 from topology.ring import EXACT, rings
 
 Island = tuple[Node, ...]
@@ -33,6 +33,7 @@ class Candidate:
     price_per_hour: float = 0.0
     requests: int | None = None
     excess: float = 0.0
+    codes: tuple[str, ...] = ()
 
     @property
     def token_s(self) -> float:
@@ -90,7 +91,8 @@ class Candidate:
     @cached_property
     def stages(self) -> tuple[Stage, ...]:
         """The stages as peers exchange them."""
-        stages, start = [], 0
+        stages: list[Stage] = []
+        start = 0
         for each, layers in zip(self.fits, self.counts, strict=True):
             shards = tuple(
                 Shard(
@@ -103,7 +105,8 @@ class Candidate:
                 )
                 for rank, node in enumerate(each.nodes)
             )
-            stages.append(Stage(start, start + layers, shards))
+            code = self.codes[len(stages)] if self.codes else ""
+            stages.append(Stage(start, start + layers, shards, code))
             start += layers
         return tuple(stages)
 
@@ -152,7 +155,7 @@ class Assembler:
         self.work = 0.0
         self._fits: dict[tuple[Island, str, bool, bool], Fit | None] = {}
         self._rings: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
-        self._hops: dict[tuple[str, str, int], float] = {}
+        self._hops: dict[tuple[str, str, float], float] = {}
 
     def best(self, islands: Sequence[Island]) -> Candidate | None:
         """The best candidate that uses exactly these islands, or None where they cannot hold the model together."""
@@ -179,7 +182,7 @@ class Assembler:
             self.work += len(leads) ** 2 * (2 ** len(leads) / 256 if len(leads) <= EXACT else 4)
         return self._rings[leads]
 
-    def hop_s(self, source: str, target: str, size_bytes: int) -> float:
+    def hop_s(self, source: str, target: str, size_bytes: float) -> float:
         """Seconds for `size_bytes` from the lead at one site to the lead at another."""
         key = (source, target, size_bytes)
         if key not in self._hops:
@@ -215,6 +218,7 @@ class Assembler:
         best: Candidate | None = None
         for slacks in (SLACKS[wish], LIMITED_SLACKS):
             for slack in slacks:
+                self.work += 0.3
                 counts = balance(layer_s, extra_s, capacity, self.model.layers, slack=slack)
                 if counts is None:
                     return None
@@ -260,14 +264,21 @@ class Assembler:
         pairs = list(zip(fits, counts, strict=True))
         leads = [each.nodes[0].site for each in fits]
         around = list(zip(leads, [*leads[1:], leads[0]], strict=True)) if len(leads) > 1 else []
-        hops_s = [self.hop_s(a, b, model.activation_bytes) for a, b in around]
+        codes = tuple(self._code(a, b) for a, b in around[:-1]) + ("",) * min(len(around), 1)
+        sizes = [coded_bytes(model, code) for code in codes]
+        hops_s = [self.hop_s(a, b, size) for (a, b), size in zip(around, sizes, strict=True)]
         if not all(map(math.isfinite, hops_s)):
             return None  # a lead other than the one the ring was made for cannot reach its neighbour
         tokens = min(PREFILL_TOKENS, self.context)
-        prefill_hops_s = [self.hop_s(a, b, tokens * model.activation_bytes) for a, b in around[:-1]]
+        prefill_hops_s = [self.hop_s(a, b, tokens * size) for (a, b), size in zip(around[:-1], sizes, strict=False)]
         head_s = math.fsum(each.head_s + each.head_network_s for each in fits)
-        carried_s = [model.activation_bytes / self.picture.path(a, b).bandwidth for a, b in around]
-        stage_s = [n * (each.layer_s + each.layer_network_s) + each.head_s + each.head_network_s for each, n in pairs]
+        carried_s = [size / self.picture.path(a, b).bandwidth for (a, b), size in zip(around, sizes, strict=True)]
+        stage_s: dict[str, float] = {}
+        for each, n in pairs:  # a device that holds the first and the last stage works for both
+            lead = each.nodes[0]
+            key = f"{lead.site}/{device_of(lead.name)}"
+            spent_s = n * (each.layer_s + each.layer_network_s) + each.head_s + each.head_network_s
+            stage_s[key] = stage_s.get(key, 0.0) + spent_s
         candidate = Candidate(
             fits=fits,
             counts=counts,
@@ -277,9 +288,10 @@ class Assembler:
                 [n * (each.prefill_layer_s + each.prefill_layer_network_s) for each, n in pairs] + prefill_hops_s
             )
             + head_s,
-            slowest_s=max(stage_s + carried_s),
+            slowest_s=max([*stage_s.values(), *carried_s]),
             price_per_hour=self.picture.price_per_hour(node for each in fits for node in each.nodes),
             requests=self.constraints.concurrency,
+            codes=codes if any(codes) else (),
         )
         missed = excess(candidate, self.constraints)
         if missed:
@@ -287,6 +299,20 @@ class Assembler:
         self.archive.add(candidate)
         return candidate
 
+    def _code(self, source: str, target: str) -> str:
+        """The smallest of the allowed codes where a prompt spends longer on the wire than on the way, else none."""
+        if not self.constraints.codes or source == target:
+            return ""
+        path, plain = self.picture.path(source, target), self.model.activation_bytes
+        smaller = [code for code in CODES if code in self.constraints.codes and coded_bytes(self.model, code) < plain]
+        bound_by_latency = min(PREFILL_TOKENS, self.context) * plain / path.bandwidth <= path.one_way_s
+        return "" if bound_by_latency or not smaller else min(smaller, key=lambda code: coded_bytes(self.model, code))
+
     def share(self, other: Assembler) -> None:
         """Use what another assembler of the same picture, model, context and number of requests has worked out."""
         self._fits, self._rings, self._hops = other._fits, other._rings, other._hops
+
+
+def coded_bytes(model: ModelSpec, code: str) -> float:
+    """Bytes of one token's hidden state in a code; as it is where `code` is empty."""
+    return model.hidden * CODES[code] if code else float(model.activation_bytes)

@@ -46,8 +46,8 @@ LATENCIES: Final = {"low": "latency", "medium": "fewest_sites", "high": "through
 OBJECTIVES: Final = ("latency", "throughput", "first_token", "cost", "balanced")
 #: Values of `needs`; `topology.needs` says how each is measured.
 NEEDS: Final = ("matmul-throughput", "memory-bandwidth", "memory", "low-latency", "low-price")
-#: Lossy codes of hidden states, and bytes an element.
-CODES: Final = {"bfloat16": 2, "fp8": 1, "int8": 1}
+#: Lossy codes of hidden states, the most faithful first, and bytes an element: blocks of 128 share a scale of 4 bytes.
+CODES: Final = {"bfloat16": 2.0, "int8": 1 + 4 / 128, "fp8": 1 + 4 / 128}
 #: Bounds of `priority`.
 PRIORITIES: Final = (-100, 100)
 

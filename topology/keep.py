@@ -12,10 +12,11 @@ from typing import Final
 
 from topology.candidate import Candidate, Island
 from topology.cost import POLICIES, attention_bytes, mlp_bytes, width
+from topology.fold import halves
 from topology.model import ModelSpec
 from topology.objective import value
-from topology.picture import UNMEASURED_BANDWIDTH
-from topology.plan import Plan
+from topology.picture import UNMEASURED_BANDWIDTH, Node
+from topology.plan import Plan, device_of
 from topology.search import Search
 
 #: A plan that keeps more may be this much worse than the best: what calibration repeats to, twice over.
@@ -65,7 +66,7 @@ def kept(search: Search, previous: Plan, best: Candidate) -> list[Candidate]:
     """Candidates in the previous ring's order: survivors alone, or with unused sites' islands in the lost places."""
     if not _same_shape(previous.model, search.model):
         return []
-    islands = [_surviving(search, stage.shards) for stage in previous.stages]
+    islands = [_surviving(search, stage.shards, previous) for stage in previous.stages]
     spans = [stage.end - stage.start for stage in previous.stages]
     found: list[Candidate | None] = []
     helped = _helped(search, previous)
@@ -95,7 +96,7 @@ def steadiest(
     whole = search.model.layers * (
         attention_bytes(search.model, search.model.kv_heads) + mlp_bytes(search.model, search.model.intermediate)
     )
-    present = {node.key for name in search.picture.sites for node in search.picture.nodes[name]}
+    present = set(_nodes(search, previous))
     left = sum(size for key, size in _held_bytes(previous).items() if key in present)
     moving_s = _moving_s(search, best, previous)
 
@@ -143,16 +144,16 @@ def _held_bytes(previous: Plan) -> dict[str, int]:
     }
 
 
-def _surviving(search: Search, shards: Sequence[object]) -> Island | None:
+def _surviving(search: Search, shards: Sequence[object], previous: Plan) -> Island | None:
     """The devices of a stage that are still usable, or None."""
-    nodes = {node.key: node for name in search.picture.sites for node in search.picture.nodes[name]}
+    nodes = _nodes(search, previous)
     keys = [getattr(shard, "key", "") for shard in shards]
     return tuple(sorted((nodes[key] for key in keys if key in nodes), key=lambda node: node.rank)) or None
 
 
 def _helped(search: Search, previous: Plan) -> list[Island | None]:
     """The devices of every stage that are still usable, standbys in the places of those that are not."""
-    present = {node.key for name in search.picture.sites for node in search.picture.nodes[name]}
+    present = set(_nodes(search, previous))
     instead = {(standby.stage, standby.rank): standby for standby in previous.standbys if standby.key in present}
     return [
         _surviving(
@@ -161,9 +162,21 @@ def _helped(search: Search, previous: Plan) -> list[Island | None]:
                 shard if shard.key in present else instead.get((index, rank), shard)
                 for rank, shard in enumerate(stage.shards)
             ],
+            previous,
         )
         for index, stage in enumerate(previous.stages)
     ]
+
+
+def _nodes(search: Search, previous: Plan) -> dict[str, Node]:
+    """Usable devices by `site/device`; those that the previous plan uses twice as two halves."""
+    nodes = {node.key: node for name in search.picture.sites for node in search.picture.nodes[name]}
+    for shard in previous.shards:
+        whole = nodes.get(f"{shard.site}/{device_of(shard.device)}")
+        if whole is not None and shard.device != whole.name:
+            for (half,) in halves((whole,)):
+                nodes[half.key] = half
+    return nodes
 
 
 def _same_shape(old: ModelSpec, new: ModelSpec) -> bool:

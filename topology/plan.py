@@ -175,11 +175,13 @@ class Plan:
 
     @property
     def memory_bytes(self) -> dict[str, int]:
-        """Bytes by `site/device`, standbys and replicas included."""
+        """Bytes by `site/device`, standbys and replicas included; of a device with two shards, their sum."""
         rings = [self.stages, *(replica.stages for replica in self.replicas)]
         shards = [shard for stages in rings for stage in stages for shard in stage.shards]
         total: dict[str, int] = {}
-        for key, size in [(s.key, s.memory_bytes) for s in shards] + [(s.key, s.memory_bytes) for s in self.standbys]:
+        parts = [(s.site, s.device, s.memory_bytes) for s in shards]
+        for site, device, size in parts + [(s.site, s.device, s.memory_bytes) for s in self.standbys]:
+            key = f"{site}/{device_of(device)}"
             total[key] = total.get(key, 0) + size
         return total
 

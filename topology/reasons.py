@@ -7,11 +7,12 @@ import math
 from typing import TYPE_CHECKING
 
 from topology.archive import alternatives, figures
-from topology.candidate import Candidate
+from topology.candidate import Candidate, coded_bytes
 from topology.cost import LAYER_OVERHEAD_S
 from topology.errors import megabytes, ms
 from topology.model import ModelSpec
 from topology.picture import Picture
+from topology.plan import SLOT
 
 if TYPE_CHECKING:
     from topology.solve import Solution
@@ -26,9 +27,11 @@ def bottleneck(chosen: Candidate, picture: Picture, model: ModelSpec) -> str:
         stages.append((layers * each.layer_s + each.head_s + network_s, name))
     leads = [each.nodes[0].site for each in chosen.fits]
     if len(leads) > 1:
-        for a, b in zip(leads, [*leads[1:], leads[0]], strict=True):
-            hops.append((picture.path(a, b).transfer_s(model.activation_bytes), f"the hop {a} -> {b}"))
-            carried.append((model.activation_bytes / picture.path(a, b).bandwidth, f"the bandwidth {a} -> {b}"))
+        codes = chosen.codes or ("",) * len(leads)
+        for a, b, code in zip(leads, [*leads[1:], leads[0]], codes, strict=True):
+            size = coded_bytes(model, code)
+            hops.append((picture.path(a, b).transfer_s(size), f"the hop {a} -> {b}"))
+            carried.append((size / picture.path(a, b).bandwidth, f"the bandwidth {a} -> {b}"))
     if len(stages) == 1:
         what = "its own speed" if len(chosen.fits[0].nodes) == 1 else "its slowest device and its all-reduces"
         return f"the bottleneck is {stages[0][1]} by {what}: all {ms(chosen.token_s)} of a token are spent there"
@@ -68,6 +71,14 @@ def weighed(solution: Solution) -> list[str]:
 def besides(solution: Solution, displaces: tuple[str, ...]) -> list[str]:
     """Micro-batches, further rings, standbys, price, and who has to give way."""
     chosen, lines = solution.chosen, []
+    for stage, code in zip(chosen.stages, chosen.codes, strict=False):
+        if code:
+            lines.append(
+                f"hidden states leave {stage.lead.key} as {code}: bandwidth is the limit there, and codes allow it"
+            )
+    twice = sorted({node.key for each in chosen.fits for node in each.nodes if SLOT in node.name})
+    if twice:
+        lines.append(f"the first and the last stage share devices, half of the memory each: {', '.join(twice)}")
     if chosen.in_flight > 1:
         lines.append(f"{chosen.in_flight} requests in flight keep the slowest stage busy")
     if solution.fleet is not None:

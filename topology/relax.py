@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from topology.constraints import Constraints
@@ -18,8 +18,9 @@ from topology.errors import Relaxation
 from topology.model import DTYPE_BYTES
 from topology.solve import Request, Solution, solve
 
-#: Work of one try, of all tries together, and pairs that are tried.
+#: Work of one try and of all together (`Assembler.work`: about 0.1 ms a unit), how many tries, how many pairs of them.
 TRY_WORK: Final = 2_000
+MAX_WORK: Final = 12_000
 MAX_TRIES: Final = 120
 MAX_PAIRS: Final = 24
 #: Entries of a list that are left out one at a time.
@@ -46,9 +47,10 @@ class _Tries:
 
     request: Request
     left: int = MAX_TRIES
+    spent: list[float] = field(default_factory=list)
 
     def solve(self, wishes: Constraints, *, keep_reserve: bool = False) -> Solution | None:
-        if self.left <= 0:
+        if self.left <= 0 or sum(self.spent) > MAX_WORK:
             return None
         self.left -= 1
         request = self.request
@@ -57,7 +59,7 @@ class _Tries:
         asked = replace(
             request, constraints=wishes, context=context, model=model, previous=None, keep_reserve=keep_reserve
         )
-        return solve(asked, thorough=False, max_work=TRY_WORK)[0]
+        return solve(asked, thorough=False, max_work=TRY_WORK, spent=self.spent)[0]
 
 
 def relaxations(request: Request) -> tuple[Relaxation, ...]:

@@ -14,6 +14,7 @@ from typing import Final
 
 from topology.candidate import Assembler, Candidate
 from topology.constraints import Constraints
+from topology.fold import folded_layouts
 from topology.islands import Layout, cluster_layouts, clusters, forced_clusters, forced_layouts, site_layouts
 from topology.model import ModelSpec
 from topology.picture import Picture
@@ -180,7 +181,9 @@ class Search:
         nodes = self.picture.nodes[name]
         if self.constraints.forced:
             return tuple(forced_layouts(nodes, self.model, self.constraints))
-        return tuple(site_layouts(nodes, self.model, self.strategy))
+        folded = name == self.picture.origin and self.constraints.private
+        twice = folded_layouts(nodes, self.model, self.strategy) if folded else []
+        return (*site_layouts(nodes, self.model, self.strategy), *twice)
 
     def _near(self) -> dict[frozenset[str], Block]:
         if self.strategy == "pipeline":

@@ -20,7 +20,7 @@ from topology.search import Outcome, Search
 from topology.snapshot import Snapshot
 
 #: Work of one plan that is tried to see whether a constraint is in the way.
-TRY_WORK: Final = 5_000
+TRY_WORK: Final = 2_000
 
 #: Limits: the objective that comes nearest to meeting each, the unit, and the figure.
 _LIMITS: Final[dict[str, tuple[str, str, Callable[[Candidate], float]]]] = {

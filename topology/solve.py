@@ -78,8 +78,13 @@ class Solution:
         return self.chosen.sites if self.fleet is None else self.fleet.sites
 
 
-def solve(request: Request, *, thorough: bool = True, max_work: float = MAX_WORK) -> tuple[Solution | None, Outcome]:
-    """The solution if there is one, and how the last search ended. `thorough`: look for the whole front as well."""
+def solve(
+    request: Request, *, thorough: bool = True, max_work: float = MAX_WORK, spent: list[float] | None = None
+) -> tuple[Solution | None, Outcome]:
+    """The solution if there is one, and how the last search ended.
+
+    `thorough`: look for the whole front as well. The work of each search is added to `spent`.
+    """
     wishes = request.constraints
     outcome = Outcome(None, None, False)
     for asked, reserve in _attempts(request):
@@ -90,6 +95,8 @@ def solve(request: Request, *, thorough: bool = True, max_work: float = MAX_WORK
         else:
             search = request.search(picture, asked, max_work)
             outcome = search.run()
+            if spent is not None:
+                spent.append(search.assembler.work)
             solution = None if outcome.best is None else _single(request, search, outcome.best, thorough=thorough)
         if solution is not None:
             return (

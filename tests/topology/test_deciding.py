@@ -242,3 +242,28 @@ def test_a_plan_with_everything_is_sound() -> None:
     used += [shard.key for replica in plan.replicas for stage in replica.stages for shard in stage.shards]
     used += [standby.key for standby in plan.standbys]
     assert len(used) == len(set(used))
+
+
+def test_one_device_serves_both_ends_of_a_private_ring() -> None:
+    here, there = site("here", cpu("only", 320 * MIB)), site("there", cpu(memory=2 * ROOMY, speed=90e9))
+    snapshot = mesh([here, there], {"here-there": 20})
+    plan = partition(snapshot, SMOL, {"private": True}, origin="here")
+    assert plan.ring == ("here", "there", "here")
+    assert keys(plan) == {"here/only", "there/cpu", "here/only#1"}
+    assert plan.memory_bytes["here/only"] <= 320 * MIB * 0.8
+    assert any("the first and the last stage share devices" in line for line in plan.why)
+    again = partition(snapshot.with_freed(plan.memory_bytes), SMOL, {"private": True}, origin="here", previous=plan)
+    assert again.stages == plan.stages
+
+
+def test_hidden_states_are_coded_where_bandwidth_is_the_limit_and_codes_are_allowed() -> None:
+    sites = [site(name, cpu(memory=480 * MIB)) for name in "ab"]
+    thin, wide = (mesh(sites, {"a-b": 20.0}, bandwidth=rate) for rate in (2e6, 1e9))
+    plain, coded = (partition(thin, SMOL, asked) for asked in ({}, {"codes": ["fp8", "int8"]}))
+    assert [stage.code for stage in plain.stages] == ["", ""]
+    assert [stage.code for stage in coded.stages] == ["int8", ""]
+    saved_ms = 512 * (SMOL.activation_bytes - SMOL.hidden * (1 + 4 / 128)) / 2e6 * 1e3
+    assert plain.predicted.first_token_ms - coded.predicted.first_token_ms == pytest.approx(saved_ms)
+    assert any("leave a/cpu as int8" in line or "leave b/cpu as int8" in line for line in coded.why)
+    assert Plan.from_dict(coded.to_dict()) == coded
+    assert all(stage.code == "" for stage in partition(wide, SMOL, {"codes": ["fp8"]}).stages)
