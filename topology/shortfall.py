@@ -55,7 +55,7 @@ def shortfalls(
         if missed:
             return missed
     if not picture.sites:
-        return (_nowhere(snapshot, constraints),)
+        return (_nowhere(snapshot, constraints, needed_bytes(model, context, 1, constraints.requests)),)
     if constraints.forced:
         found += _shape(constraints, picture, model)
     if constraints.max_sites is not None:
@@ -135,11 +135,14 @@ def _memory(picture: Picture, model: ModelSpec, context: int, constraints: Const
     return Shortfall("memory", need, available, need - available, "bytes")
 
 
-def _nowhere(snapshot: Snapshot, constraints: Constraints) -> Shortfall:
-    """No site is left: by the constraints, or because no site has a usable device."""
+def _nowhere(snapshot: Snapshot, constraints: Constraints, need: int) -> Shortfall:
+    """No site is left: by the constraints, because all memory is taken, or because no site has a usable device."""
     for name in ("regions", "exclude_regions", "exclude_sites", "sites", "trusted_only", "vendors", "needs"):
         if getattr(constraints, name) and snapshot.sites:
             return Shortfall(name, 1, 0, 1, "sites")
+    devices = [device for site in snapshot.sites for device in site.devices]
+    if devices and all(device.free_bytes == 0 < device.memory_bytes for device in devices):
+        return Shortfall("memory", need, 0, need, "bytes")
     return Shortfall("sites", 1, 0, 1, "sites")
 
 

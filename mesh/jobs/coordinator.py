@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import trio
 
 from mesh.errors import JobFailed, MeshError, ModelError, PeerUnreachable, PlanError, RequestError
-from mesh.jobs.deploy import ShardFailed, deploy
+from mesh.jobs.deploy import DISPLACE_DEADLINE_S, ShardFailed, deploy
 from mesh.jobs.job import Job, wire_epoch
 from mesh.jobs.model import Inspector, ModelInfo
 from mesh.jobs.peers import View
@@ -77,6 +77,7 @@ class Coordinator:
         self._stepped_at = -math.inf
         self._suspects: trio.MemorySendChannel[tuple[str, str]] | None = None
         self._scope = trio.CancelScope()
+        self._over = trio.Event()
 
     async def run(self) -> None:
         """The life of the job. Returns when it has ended; never raises a MeshError, the job carries it."""
@@ -101,10 +102,18 @@ class Coordinator:
         self.replicas.cancel()
         self.serving.wake()
         await self._release(self.job.plan)
+        self._over.set()
 
     def cancel(self) -> None:
         """End the job: its requests, its workers, its plan."""
         self._scope.cancel()
+
+    async def give_way(self, reason: str) -> None:
+        """Fail the job for `reason` and wait until its workers are gone. The caller bounds the wait."""
+        if not self.job.ended:
+            self._update(state="failed", error=JobFailed(f"{reason}: submit it again when there is room"))
+        self._scope.cancel()
+        await self._over.wait()
 
     def generate(self, message: mesh_pb2.GenerateRequest) -> AsyncGenerator[mesh_pb2.GenerateEvent, None]:
         """Serve one request, on the ring that has the most room for it. See `Serving.generate`."""
@@ -141,8 +150,15 @@ class Coordinator:
         # The job's own present shards make room for the next ones. Those of its replicas stay theirs.
         held = replace(self.job.plan, replicas=()).memory_bytes if self.job.plan else {}
         snapshot = self._view.snapshot().without(self._avoid()).with_freed(held)
+        own = (self.job.id, *(ring.job.id for ring in self.replicas))
         return partition(
-            snapshot, spec, constraints, strategy=self.job.strategy, previous=self.job.plan, origin=self.job.owner
+            snapshot,
+            spec,
+            constraints,
+            strategy=self.job.strategy,
+            previous=self.job.plan,
+            origin=self.job.owner,
+            running=[job for name, (_, job) in self._view.running().items() if name not in own],
         )
 
     async def _turns(self) -> None:
@@ -151,6 +167,7 @@ class Coordinator:
         while True:
             former = self.job.plan
             plan = await self._next_plan(self._info)
+            await self._displace(plan)
             self._update(plan=plan, counter=self.job.counter + 1, loaded_bytes=0, total_bytes=0)
             if self.job.state == "planning":
                 self._update(state="loading")
@@ -182,6 +199,23 @@ class Coordinator:
             except TopologyError:
                 if not await self.replicas.give_way():
                     raise
+
+    async def _displace(self, plan: Plan) -> None:
+        """Have the jobs that the plan displaces end, each by its owner. One that is gone already has given way."""
+        running = self._view.running() if plan.displaces else {}
+
+        async def one(job: str) -> None:
+            request = peer_pb2.DisplaceRequest(job=job, by=self.job.id, priority=self.job.priority)
+            try:
+                await self._view.peer(running[job][0]).displace(request)
+            except MeshError as error:
+                logger.warning("job %s could not displace %s: %s", self.job.id, job, error)
+
+        with trio.move_on_after(DISPLACE_DEADLINE_S):
+            async with trio.open_nursery() as nursery:
+                for job in plan.displaces:
+                    if job in running:
+                        nursery.start_soon(one, job)
 
     async def _turn(self, plan: Plan) -> Loss:
         """Deploy `plan`, serve until something is lost. Raises ShardFailed while deploying."""

@@ -13,6 +13,7 @@ from mesh.jobs.coordinator import Coordinator
 from mesh.jobs.job import Job
 from mesh.jobs.model import Inspector
 from mesh.jobs.peers import View
+from mesh.wire.v1 import peer_pb2
 from topology import ConstraintError, Constraints, Plan, TopologyError
 
 STRATEGIES = ("auto", "tensor_parallelism", "pipeline")
@@ -83,6 +84,19 @@ class Ledger:
 
     def __contains__(self, job: str) -> bool:
         return job in self._coordinators
+
+    async def displace(self, request: peer_pb2.DisplaceRequest) -> None:
+        """End a job for one of higher priority, and wait until its workers are gone. An ended one has given way.
+
+        Raises JobNotFound, and RequestError where its priority is not lower than the other's.
+        """
+        coordinator = self.get(request.job)
+        if coordinator.job.priority >= request.priority:
+            raise RequestError(
+                f"job {request.job} has priority {coordinator.job.priority}: "
+                f"job {request.by} of priority {request.priority} cannot displace it"
+            )
+        await coordinator.give_way(f"displaced by job {request.by} of priority {request.priority}")
 
     async def close(self, grace_s: float) -> None:
         """Let live requests finish for up to `grace_s` seconds, then end every job. Nothing new is taken on."""

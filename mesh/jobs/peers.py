@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from mesh.wire.v1 import peer_pb2
+from topology.displace import RunningJob
 from topology.snapshot import Snapshot
 
 #: (loaded_bytes, total_bytes) of one shard.
@@ -36,6 +37,10 @@ class PeerCalls(Protocol):
         """End the job's workers there."""
         ...
 
+    async def displace(self, request: peer_pb2.DisplaceRequest) -> None:
+        """End a job that the peer owns, for one of higher priority; returns when its workers are gone."""
+        ...
+
     async def ping(self, timeout_s: float) -> None:
         """Raise PeerUnreachable or DeadlineExceeded unless the peer answers in time."""
         ...
@@ -52,6 +57,10 @@ class View(Protocol):
 
     def snapshot(self) -> Snapshot:
         """Every site that is alive, as gossip has it now."""
+        ...
+
+    def running(self) -> Mapping[str, tuple[str, RunningJob]]:
+        """The jobs that peers tell of: owner and what it says of the job, by job id."""
         ...
 
     def alive(self, site: str) -> bool:

@@ -11,7 +11,7 @@ import grpc
 from mesh.client.bridge import Messages, unary
 from mesh.client.channel import Connection
 from mesh.errors import PeerUnreachable
-from mesh.jobs.deploy import CONNECT_DEADLINE_S, PREPARE_DEADLINE_S
+from mesh.jobs.deploy import CONNECT_DEADLINE_S, DISPLACE_DEADLINE_S, PREPARE_DEADLINE_S
 from mesh.jobs.peers import Progress
 from mesh.wire.v1 import peer_pb2, peer_pb2_grpc
 
@@ -56,6 +56,10 @@ class RemotePeer(Connection):
     async def release(self, request: peer_pb2.ReleaseRequest) -> None:
         """See `PeerCalls.release`."""
         await unary(self, self._peer.Release, request, "release", CALL_DEADLINE_S)
+
+    async def displace(self, request: peer_pb2.DisplaceRequest) -> None:
+        """See `PeerCalls.displace`."""
+        await unary(self, self._peer.Displace, request, "displace", DISPLACE_DEADLINE_S)
 
     async def ping(self, timeout_s: float) -> None:
         """See `PeerCalls.ping`."""

@@ -190,6 +190,10 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
         """End the job's workers here."""
         return self._done(context, lambda: self._service.release(request))
 
+    def Displace(self, request: peer_pb2.DisplaceRequest, context: grpc.ServicerContext) -> peer_pb2.Done:
+        """End a job of ours for one of higher priority."""
+        return self._done(context, lambda: self._service.displace(request))
+
     def Ping(self, request: peer_pb2.Done, context: grpc.ServicerContext) -> peer_pb2.Done:
         """Answer, from the trio loop: a peer whose loop is stuck does not answer."""
         return self._done(context, lambda: self._service.ping(0))

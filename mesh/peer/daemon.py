@@ -19,6 +19,7 @@ from dataclasses import asdict
 from typing import Any
 
 import grpc
+import msgpack
 import trio
 
 from mesh.devices.local import LocalDevice, discover
@@ -37,6 +38,7 @@ from mesh.peer.metrics import DeviceMemory
 from mesh.peer.service import PeerService
 from mesh.peer.view import MeshView
 from mesh.peer.workers import WorkerPool
+from mesh.wire.v1 import peer_pb2
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ LEAVE_S = 1.0
 #: A peer told to join says so when nobody answered for this long; it goes on trying.
 JOIN_COMPLAINT_S = 5.0
 #: What the mesh is told of jobs must fit into one entry of gossip (32 KiB): the newest ones, their models' names cut.
-JOBS_TOLD, MODEL_CHARACTERS_TOLD = 80, 64
+JOBS_TOLD_BYTES, MODEL_CHARACTERS_TOLD = 30_000, 64
 #: Random ports tried until one is free for UDP and for TCP.
 PORT_TRIES = 20
 #: How long calls in progress may go on while the server stops.
@@ -158,17 +160,21 @@ class Peer:
 
     def publish_jobs(self) -> None:
         """Tell the mesh which jobs this peer owns."""
-        self._gossip.publish(
-            "jobs",
-            {
-                coordinator.job.id: {
-                    "model": _shortened(coordinator.job.model),
-                    "state": coordinator.job.state,
-                    "epoch": coordinator.job.counter,
-                }
-                for coordinator in [c for c in self._ledger if not c.job.ended][-JOBS_TOLD:]
-            },
-        )
+        told: dict[str, dict[str, Any]] = {}
+        room = JOBS_TOLD_BYTES
+        for job in reversed([coordinator.job for coordinator in self._ledger if not coordinator.job.ended]):
+            entry = {
+                "model": _shortened(job.model),
+                "state": job.state,
+                "epoch": job.counter,
+                "priority": job.priority,
+                "held": job.held_bytes,
+            }
+            room -= len(msgpack.packb({job.id: entry}))
+            if room < 0:
+                break
+            told[job.id] = entry
+        self._gossip.publish("jobs", told)
 
     def elsewhere(self) -> dict[str, tuple[str, Mapping[str, Any]]]:
         """Jobs that other peers own: owner and what it says of the job, by job id."""
@@ -281,7 +287,19 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
             peer.publish_jobs()
 
         inspector = SubprocessInspector(config.data_dir / "models")
-        service = PeerService(config.site, pool, devices, delay_s=delay_s, on_load=publish_load, inspector=inspector)
+
+        async def displace(request: peer_pb2.DisplaceRequest) -> None:
+            await ledger.displace(request)
+
+        service = PeerService(
+            config.site,
+            pool,
+            devices,
+            delay_s=delay_s,
+            on_load=publish_load,
+            inspector=inspector,
+            displace=displace,
+        )
         view = MeshView(config.site, gossip, service)
         ledger = Ledger(config.site, view, inspector, nursery, publish_jobs)
         peer = Peer(config=config, gossip=gossip, ledger=ledger, view=view, service=service, devices=devices)

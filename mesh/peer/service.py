@@ -7,7 +7,7 @@ or lost touch, the workers end after `LEASE_S`: no orphan lives on.
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
@@ -51,6 +51,7 @@ class PeerService:
         delay_s: Callable[[str], float],
         on_load: Callable[[], None],
         inspector: Inspector,
+        displace: Callable[[peer_pb2.DisplaceRequest], Awaitable[None]],
     ) -> None:
         self.site = site
         self._pool = pool
@@ -58,6 +59,7 @@ class PeerService:
         self._delay_s = delay_s
         self._on_load = on_load
         self._inspector = inspector
+        self._displace = displace
         self._lease_s = LEASE_S
         self._jobs: dict[str, Served] = {}
         self._ended = trio.Event()
@@ -133,6 +135,10 @@ class PeerService:
             return
         self._admit(request.job, request.epoch)
         await self._end(request.job, job, frozenset(request.keep))
+
+    async def displace(self, request: peer_pb2.DisplaceRequest) -> None:
+        """End a job that this peer owns. Raises RequestError where its priority is not lower."""
+        await self._displace(request)
 
     async def ping(self, timeout_s: float) -> None:
         """This peer answers itself."""

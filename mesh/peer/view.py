@@ -14,12 +14,14 @@ from typing import Any, Protocol
 from mesh.errors import PeerUnreachable
 from mesh.jobs.peers import PeerCalls
 from mesh.peer.calls import RemotePeer
+from topology.displace import RunningJob
 from topology.snapshot import Device, Link, Site, Snapshot
 
 logger = logging.getLogger(__name__)
 
 #: Bounds of what a peer may say of itself: beyond them lies a mistake or a lie.
 MAX_DEVICES, MAX_BYTES, MAX_SPEED, MAX_RTT_S = 64, 1 << 46, 1e18, 60.0
+MAX_PRIORITY = 100
 #: What reading a document that is not what it should be can raise.
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 #: States of a member whose devices may be planned on; a suspect may yet refute.
@@ -62,6 +64,18 @@ class MeshView:
                 links += [link for target in sorted(entry) if (link := _link(source, target, entry[target]))]
         return Snapshot(tuple(sites), tuple(links))
 
+    def running(self) -> Mapping[str, tuple[str, RunningJob]]:
+        """The jobs that present peers tell of: owner and what it says of the job, by job id."""
+        found = {}
+        for site, jobs in self._gossip.entries("jobs").items():
+            if self.alive(site) and isinstance(jobs, Mapping):
+                for name, entry in jobs.items():
+                    try:
+                        found[str(name)] = (site, _running(str(name), entry))
+                    except MALFORMED as error:
+                        logger.warning("the job %s that %s tells of is left out: %s", name, site, error)
+        return found
+
     def alive(self, site: str) -> bool:
         """Whether gossip holds the site for present."""
         return site == self.site or any(
@@ -93,6 +107,12 @@ class MeshView:
         """Close every connection."""
         for peer in self._peers.values():
             peer.close()
+
+
+def _running(name: str, entry: Mapping[str, Any]) -> RunningJob:
+    held = entry.get("held", {})
+    priority = int(_number(entry.get("priority", 0) + MAX_PRIORITY, 2 * MAX_PRIORITY)) - MAX_PRIORITY
+    return RunningJob(name, priority, {str(key): int(_number(size, MAX_BYTES)) for key, size in held.items()})
 
 
 def _number(value: Any, high: float) -> float:

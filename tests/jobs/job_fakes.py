@@ -50,6 +50,8 @@ class FakePeer:
         self.prepared: list[int] = []
         self.started: list[peer_pb2.StartRequest] = []
         self.stopped: list[str] = []
+        self.displaced: list[tuple[str, str, int]] = []
+        self.assigned: list[tuple[str, int, int]] = []
 
     async def _answer(self):
         await trio.sleep(0.001)
@@ -67,6 +69,8 @@ class FakePeer:
             raise self.prepare_error
         progress(2, 2)
         self.prepared.append(request.epoch.counter)
+        part = msgpack.unpackb(request.assignment)
+        self.assigned.append((request.device, part["start"], part["end"]))
         return {"tcp": b"address"}
 
     async def connect(self, request):
@@ -84,6 +88,11 @@ class FakePeer:
     async def release(self, request):
         await self._answer()
         self.released.append((request.epoch.counter, tuple(request.keep)))
+
+    async def displace(self, request):
+        await self._answer()
+        self.displaced.append((request.job, request.by, request.priority))
+        self.world.held.pop(request.job, None)
 
     async def ping(self, timeout_s):
         with trio.move_on_after(timeout_s):
@@ -132,14 +141,22 @@ class World:
         self.stalled = False
         self.stepping = False
         self.first_token_s = 0.0
+        #: Other jobs: id -> (owner, running job).
+        self.held = {}
         nursery.start_soon(self._heartbeats)
 
     def snapshot(self):
-        device = Device("cpu0", "cpu", "test", self.memory_bytes, self.memory_bytes, {"float32": 1e9}, 1e9)
         alive = [peer for peer in self.peers.values() if not peer.dead]
-        sites = tuple(Site(peer.site, "here", (device,)) for peer in alive)
+        sites = tuple(Site(peer.site, "here", (self._device(peer.site),)) for peer in alive)
         names = [peer.site for peer in alive]
         return Snapshot(sites, tuple(Link(a, b, 0.01) for a in names for b in names if a != b))
+
+    def _device(self, site):
+        held = sum(job.held_bytes.get(f"{site}/cpu0", 0) for _, job in self.held.values())
+        return Device("cpu0", "cpu", "test", self.memory_bytes, self.memory_bytes - held, {"float32": 1e9}, 1e9)
+
+    def running(self):
+        return self.held
 
     def alive(self, site):
         return not self.peers[site].dead

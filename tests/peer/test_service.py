@@ -52,8 +52,18 @@ async def serving():
         return SimpleNamespace(path=f"prepared/{model}")
 
     loads = []
+
+    async def displace(request):
+        raise RequestError("no such job")
+
     service = PeerService(
-        "here", pool, devices, delay_s=lambda site: 0.04, on_load=lambda: loads.append(1), inspector=inspect
+        "here",
+        pool,
+        devices,
+        delay_s=lambda site: 0.04,
+        on_load=lambda: loads.append(1),
+        inspector=inspect,
+        displace=displace,
     )
     async with trio.open_nursery() as nursery:
         nursery.start_soon(service.run)
@@ -204,3 +214,12 @@ async def test_a_worker_that_is_gone_gives_its_memory_back(autojump_clock):
         with trio.fail_after(1):
             await service.idle()
         assert service.free_bytes()["cpu0"] == MEMORY
+
+
+async def test_two_shards_of_one_job_share_a_device_under_two_names(autojump_clock):
+    async with serving() as (service, pool):
+        await service.prepare(prepare(device="cpu0", memory=400), lambda done, total: None)
+        await service.prepare(prepare(device="cpu0#1", memory=400), lambda done, total: None)
+        assert service.free_bytes()["cpu0"] == MEMORY - 800
+        with pytest.raises(WorkerError, match="left"):
+            await service.prepare(prepare(device="cpu0#2", memory=400), lambda done, total: None)

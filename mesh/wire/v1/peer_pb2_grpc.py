@@ -64,6 +64,11 @@ class PeerStub:
                 request_serializer=mesh_dot_wire_dot_v1_dot_peer__pb2.ReleaseRequest.SerializeToString,
                 response_deserializer=mesh_dot_wire_dot_v1_dot_peer__pb2.Done.FromString,
                 _registered_method=True)
+        self.Displace = channel.unary_unary(
+                '/mesh.wire.v1.Peer/Displace',
+                request_serializer=mesh_dot_wire_dot_v1_dot_peer__pb2.DisplaceRequest.SerializeToString,
+                response_deserializer=mesh_dot_wire_dot_v1_dot_peer__pb2.Done.FromString,
+                _registered_method=True)
         self.Events = channel.unary_stream(
                 '/mesh.wire.v1.Peer/Events',
                 request_serializer=mesh_dot_wire_dot_v1_dot_peer__pb2.EventsRequest.SerializeToString,
@@ -117,6 +122,13 @@ class PeerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Displace(self, request, context):
+        """end a job owned there that has to give way; returns when it has
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Events(self, request, context):
         """what the job's workers on this peer report
         """
@@ -155,6 +167,11 @@ def add_PeerServicer_to_server(servicer, server):
             'Release': grpc.unary_unary_rpc_method_handler(
                     servicer.Release,
                     request_deserializer=mesh_dot_wire_dot_v1_dot_peer__pb2.ReleaseRequest.FromString,
+                    response_serializer=mesh_dot_wire_dot_v1_dot_peer__pb2.Done.SerializeToString,
+            ),
+            'Displace': grpc.unary_unary_rpc_method_handler(
+                    servicer.Displace,
+                    request_deserializer=mesh_dot_wire_dot_v1_dot_peer__pb2.DisplaceRequest.FromString,
                     response_serializer=mesh_dot_wire_dot_v1_dot_peer__pb2.Done.SerializeToString,
             ),
             'Events': grpc.unary_stream_rpc_method_handler(
@@ -324,6 +341,33 @@ class Peer:
             target,
             '/mesh.wire.v1.Peer/Release',
             mesh_dot_wire_dot_v1_dot_peer__pb2.ReleaseRequest.SerializeToString,
+            mesh_dot_wire_dot_v1_dot_peer__pb2.Done.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Displace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.wire.v1.Peer/Displace',
+            mesh_dot_wire_dot_v1_dot_peer__pb2.DisplaceRequest.SerializeToString,
             mesh_dot_wire_dot_v1_dot_peer__pb2.Done.FromString,
             options,
             channel_credentials,

@@ -45,6 +45,8 @@ class PeerStub:
     """whether the peer still answers"""
     Release: _grpc.UnaryUnaryMultiCallable[_peer_pb2.ReleaseRequest, _peer_pb2.Done]
     """end the job's workers on this peer, but for those to keep"""
+    Displace: _grpc.UnaryUnaryMultiCallable[_peer_pb2.DisplaceRequest, _peer_pb2.Done]
+    """end a job owned there that has to give way; returns when it has"""
     Events: _grpc.UnaryStreamMultiCallable[_peer_pb2.EventsRequest, _peer_pb2.WorkerEvent]
     """what the job's workers on this peer report"""
 
@@ -65,6 +67,8 @@ class PeerAsyncStub(PeerStub):
     """whether the peer still answers"""
     Release: _aio.UnaryUnaryMultiCallable[_peer_pb2.ReleaseRequest, _peer_pb2.Done]  # type: ignore[assignment]
     """end the job's workers on this peer, but for those to keep"""
+    Displace: _aio.UnaryUnaryMultiCallable[_peer_pb2.DisplaceRequest, _peer_pb2.Done]  # type: ignore[assignment]
+    """end a job owned there that has to give way; returns when it has"""
     Events: _aio.UnaryStreamMultiCallable[_peer_pb2.EventsRequest, _peer_pb2.WorkerEvent]  # type: ignore[assignment]
     """what the job's workers on this peer report"""
 
@@ -118,6 +122,14 @@ class PeerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_peer_pb2.Done, _abc.Awaitable[_peer_pb2.Done]]:
         """end the job's workers on this peer, but for those to keep"""
+
+    @_abc_1.abstractmethod
+    def Displace(
+        self,
+        request: _peer_pb2.DisplaceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_peer_pb2.Done, _abc.Awaitable[_peer_pb2.Done]]:
+        """end a job owned there that has to give way; returns when it has"""
 
     @_abc_1.abstractmethod
     def Events(
