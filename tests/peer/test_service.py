@@ -217,7 +217,7 @@ async def test_a_worker_that_is_gone_gives_its_memory_back(autojump_clock):
 
 
 async def test_two_shards_of_one_job_share_a_device_under_two_names(autojump_clock):
-    async with serving() as (service, pool):
+    async with serving() as (service, _pool):
         await service.prepare(prepare(device="cpu0", memory=400), lambda done, total: None)
         await service.prepare(prepare(device="cpu0#1", memory=400), lambda done, total: None)
         assert service.free_bytes()["cpu0"] == MEMORY - 800
