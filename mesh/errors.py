@@ -105,6 +105,20 @@ class WorkerError(MeshError):
     exit_code = 14
 
 
+class IdentityError(MeshError):
+    """A certificate, invitation, token or document does not prove what it should. The subclass says why."""
+
+    code = "identity"
+    exit_code = 15
+
+
+class NotAllowed(MeshError):
+    """Who asks is known, and may not do this."""
+
+    code = "not-allowed"
+    exit_code = 16
+
+
 #: Exit code of a command that Ctrl-C ended: 128 + SIGINT, as shells expect.
 EXIT_INTERRUPTED = 130
 

@@ -21,11 +21,16 @@ INCARNATION_FILE = "incarnation"
 _LARGEST_INCARNATION = 2**63 - 1
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file's content so that a crash at any moment leaves the old or the new one whole. Raises OSError."""
+def write_atomically(path: Path, content: bytes, *, mode: int = 0o666) -> None:
+    """Replace a file's content so that a crash at any moment leaves the old or the new one whole. Raises OSError.
+
+    `mode` is what the umask is taken from; no one else can read a file of 0o600 at any moment.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)  # what a crash left behind has that moment's mode
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -30,6 +30,8 @@ STATUS: dict[type[errors.MeshError], grpc.StatusCode] = {
     errors.PeerUnreachable: grpc.StatusCode.UNAVAILABLE,
     errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.IdentityRequired: grpc.StatusCode.PERMISSION_DENIED,
+    errors.IdentityError: grpc.StatusCode.UNAUTHENTICATED,
+    errors.NotAllowed: grpc.StatusCode.PERMISSION_DENIED,
 }
 
 

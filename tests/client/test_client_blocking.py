@@ -175,7 +175,7 @@ def test_a_closed_client_says_so(peer):
 
 
 def test_every_error_has_a_code_of_its_own_and_unknown_ones_stay_mesh_errors():
-    assert len(BY_CODE) == len({cls.exit_code for cls in BY_CODE.values()}) == 15 - 1
+    assert len(BY_CODE) == len({cls.exit_code for cls in BY_CODE.values()}) == 17 - 1
     assert set(STATUS) <= set(BY_CODE.values())
 
     import grpc
