@@ -19,11 +19,9 @@ from typing import Any, NoReturn
 from benchmarks.gossip import scenario
 from mesh.cli.tables import say, table
 from mesh.errors import ConfigError, MeshError
-from mesh.gossip.config import Timing
+from mesh.gossip.profiles import PROFILES
 from simulations.faults import parse_fault
 from simulations.latency import load_rtt, uniform
-
-PROFILES = {"isthmus": Timing()}
 
 #: Without a file: a round trip of this many milliseconds between any two sites.
 DEFAULT_RTT_MS = 50.0
@@ -134,7 +132,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=_whole(0, 2**63), default=1, metavar="S", help="default: 1")
     parser.add_argument("--rtt", metavar="FILE", help="round trips between sites in ms, see below")
     parser.add_argument(
-        "--profile", choices=tuple(PROFILES), default="isthmus", metavar="NAME", help=_choices(PROFILES)
+        "--profile",
+        choices=tuple(PROFILES),
+        default="isthmus",
+        metavar="NAME",
+        help=f"{', '.join(PROFILES)}; default: isthmus",
     )
     parser.add_argument(
         "--fault",
@@ -156,10 +158,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
-
-
-def _choices(names: Sequence[str] | dict[str, Any]) -> str:
-    return f"{', '.join(names)}; default: isthmus"
 
 
 def _whole(low: int, high: int) -> Callable[[str], int]:
