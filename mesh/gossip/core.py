@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple
 
+from mesh.gossip.absent import Known
 from mesh.gossip.codec import MAX_STREAM_MESSAGES, Codec, pack_message, pack_sender
 from mesh.gossip.config import MAX_MEMBERS, GossipConfig
 from mesh.gossip.fingerprint import Fingerprints, mark
@@ -346,6 +347,15 @@ class GossipCore:
     def leave(self, now: float) -> None:
         """Say farewell. Final. Done when `left`."""
         self._swim.leave(now)
+
+    def remember(self, known: Iterable[Known], now: float) -> None:
+        """Call whom an earlier start of this site knew, until they answer. Call once, at the start."""
+        self._swim.remember(known, now)
+        self._touched(self.site)
+
+    def known(self) -> list[Known]:
+        """Whom to remember over a restart: everybody, ourselves and the forgotten included, sorted by name."""
+        return self._swim.known()
 
     def members(self) -> tuple[Member, ...]:
         """Everybody known, ourselves included, sorted by name."""

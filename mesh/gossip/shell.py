@@ -20,6 +20,7 @@ from typing import Any
 import trio
 
 from mesh.errors import AddressInUse, ConfigError
+from mesh.gossip.absent import Known
 from mesh.gossip.config import MAX_DATAGRAM_BYTES, GossipConfig, join_address, split_address, valid_address
 from mesh.gossip.core import Event, GossipCore, StreamRequest
 from mesh.gossip.members import Member
@@ -99,7 +100,10 @@ class Gossip:
         streams_asked, streams_served, streams_failed; and what was refused: malformed, foreign, forged, replayed,
         revoked, skewed, stale (these are always there).
         """
-        return {**dict.fromkeys(REFUSALS, 0), **self._core.counters, **self._errors}
+        counted = Counter(dict.fromkeys(REFUSALS, 0))
+        counted.update(self._core.counters)
+        counted.update(self._errors)
+        return counted
 
     @property
     def dropped(self) -> int:
@@ -108,12 +112,14 @@ class Gossip:
 
     # ---------------------------------------------------------------- telling
 
-    def publish(self, key: str, value: dict[str, Any]) -> None:
+    def publish(self, key: str, value: dict[str, Any], *, urgent: bool = True) -> None:
         """Write an entry of our own and spread it. Publishing what is already there costs nothing.
+
+        What is not urgent is left to anti-entropy in all but tiny meshes, which is cheaper and slower.
 
         Raises ValueError: key too long, value not a plain document, deeper than 8, or larger than 32 KiB packed.
         """
-        self._core.publish(key, value, self._clock())
+        self._core.publish(key, value, self._clock(), urgent=urgent)
         self._pump()
 
     def serve_stream(self, data: bytes, source: str, site: str | None = None) -> bytes:
@@ -124,6 +130,24 @@ class Gossip:
         answer = self._core.serve_stream(data, source, self._clock(), site)
         self._pump()
         return answer
+
+    def publish_cluster(self, key: str, value: dict[str, Any], version: int, proof: bytes) -> bool:
+        """Install and spread an entry that the cluster's authority has signed (owner "@cluster"). False: not news.
+
+        Raises ValueError: the value is out of bounds, or the proof is not the authority's.
+        """
+        news = self._core.publish_cluster(key, value, version, proof, self._clock())
+        self._pump()
+        return news
+
+    def remember(self, known: Iterable[Known]) -> None:
+        """Call whom an earlier start of this site knew, until they answer. Call once, at the start."""
+        self._core.remember(known, self._clock())
+        self._pump()
+
+    def known(self) -> list[Known]:
+        """Whom to remember over a restart: everybody, ourselves and the forgotten included, sorted by name."""
+        return self._core.known()
 
     def join(self, addresses: Iterable[str]) -> None:
         """Call these "host:port" until somebody answers, with back-off, and again whenever they are lost.

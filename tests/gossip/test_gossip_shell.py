@@ -11,6 +11,7 @@ import trio
 
 from mesh.errors import AddressInUse, ConfigError
 from mesh.gossip.config import GossipConfig
+from mesh.gossip.messages import Ping
 from mesh.gossip.shell import Gossip, SiteNameTaken, open_gossip
 
 
@@ -166,3 +167,53 @@ async def test_alone_a_peer_sleeps(autojump_clock):
         assert one.counters()["sent"] < 30
         assert not await one.joined(30.0)
         assert await one.leave(1.0)
+
+
+async def test_streams_are_carried_by_whoever_runs_the_gossip():
+    peers: dict[str, Gossip] = {}
+    carried: list[tuple[str, str]] = []
+
+    async def exchange(address: str, site: str, data: bytes) -> bytes:
+        carried.append((address, site))
+        await trio.sleep(0.01)
+        return peers[address].serve_stream(data, "127.0.0.1:1")
+
+    async with open_gossip(GossipConfig("a"), exchange=exchange) as one:
+        for key in ("x", "y"):
+            one.publish(key, {"v": "x" * 30_000})
+        async with open_gossip(GossipConfig("b", seeds=[one.address]), exchange=exchange) as two:
+            peers |= {one.address: one, two.address: two}
+            await until(lambda: two.entry("a", "x") and two.entry("a", "y"))
+    assert carried
+    assert one.counters()["streams_asked"] + two.counters()["streams_asked"] == len(carried)
+
+
+async def test_a_stream_that_fails_or_hangs_is_given_up(autojump_clock):
+    async def exchange(address: str, site: str, data: bytes) -> bytes:
+        if site == "hangs":
+            await trio.sleep_forever()
+        raise ConnectionResetError("no")
+
+    async with open_gossip(GossipConfig("a"), exchange=exchange) as one:
+        for site in ("fails", "hangs"):
+            assert one._core.ask("127.0.0.1:9", site, [Ping(1, site)])
+        one._pump()
+        await trio.sleep(1.0)
+        assert (one.counters()["stream_errors"], one.counters()["streams_failed"]) == (1, 1)
+        await trio.sleep(10.0)
+        assert one.counters()["streams_failed"] == 2
+
+
+async def test_what_was_known_is_called_after_a_restart():
+    async with open_gossip(GossipConfig("a")) as one:
+        async with open_gossip(GossipConfig("b", seeds=[one.address])) as two:
+            await until(lambda: len(two.members()) == 2)
+            known = two.known()
+        async with open_gossip(GossipConfig("b", incarnation=2)) as again:
+            again.remember(known)
+            assert await again.joined(3.0)
+
+
+async def test_every_kind_of_refusal_has_a_counter_from_the_start():
+    async with open_gossip(GossipConfig("a")) as one:
+        assert {"malformed", "foreign", "forged", "replayed", "revoked", "skewed", "stale"} <= one.counters().keys()
