@@ -90,8 +90,7 @@ def _plan(request: Request, solution: Solution, displaces: tuple[str, ...]) -> P
     return replace(
         plan,
         predicted=replace(plan.predicted, saturated_tokens_per_s=solution.rate, price_per_hour=solution.price_per_hour),
-        concurrency=request.constraints.requests,
-        share=rings[0][1] if rings else 1.0,
+        share=rings[0][1] if rings else request.previous.share if request.previous else 1.0,
         standbys=solution.standbys,
         replicas=tuple(Replica(ring.stages, share, ring.token_s * 1e3, rate) for ring, share, rate in rings[1:]),
         pareto=front,

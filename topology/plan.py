@@ -133,9 +133,10 @@ class Choice:
 class Plan:
     """Stages in ring order (the last samples and hands the token to the first), predictions and reasons.
 
-    `context` is the longest sequence the KV caches were sized for, `concurrency` how many of them. `why` holds one
-    sentence per choice, with numbers. `strategy` is what the plan does: "single", "tensor_parallelism", "pipeline" or
-    "hybrid". `objective` is what it was chosen for: one of `constraints.OBJECTIVES`, or "fewest_sites".
+    `context` is the longest sequence the KV caches were sized for, `concurrency` how many of them each ring holds.
+    `why` holds one sentence per choice, with numbers. `strategy` is what the plan does: "single",
+    "tensor_parallelism", "pipeline" or "hybrid". `objective` is what it was chosen for: one of
+    `constraints.OBJECTIVES`, or "fewest_sites".
 
     `in_flight` is the number of micro-batches under way that keep every stage busy. `share` is the part of the requests
     that these stages take, the rest goes to `replicas`. `pareto` is the front of (token_ms, tokens_per_s), fastest

@@ -85,6 +85,9 @@ def solve(
 
     `thorough`: look for the whole front as well. The work of each search is added to `spent`.
     """
+    if request.previous is not None:
+        # Replicas recover by themselves: this is about one ring, which need not give the rate of all.
+        request = replace(request, constraints=_one_ring(request.constraints, request.previous))
     wishes = request.constraints
     outcome = Outcome(None, None, False)
     for asked, reserve in _attempts(request):
@@ -116,16 +119,17 @@ def _attempts(request: Request) -> Iterator[tuple[Constraints, bool]]:
         # A loss can make a forced shape impossible; a running job goes on in another shape.
         free = replace(wishes, stages=None, shards=None)
         yield from ((free, True), (free, False))
-    if request.previous is not None and wishes.replicas not in (1, "auto"):
-        # As with the shape: what runs goes on with as many rings as there can be.
-        one = replace(wishes, replicas="auto")
-        yield from ((one, True), (one, False))
+
+
+def _one_ring(wishes: Constraints, previous: Plan) -> Constraints:
+    if wishes.replicas == 1:
+        return wishes
+    requests = None if wishes.concurrency is None else previous.concurrency
+    return replace(wishes, replicas=1, min_tokens_per_s=None, concurrency=requests)
 
 
 def _lost(wishes: Constraints) -> str:
-    if wishes.forced:
-        return f"the forced shape, stages={wishes.stages} shards={wishes.shards}, is no longer possible"
-    return f"{wishes.replicas} rings are no longer possible"
+    return f"the forced shape, stages={wishes.stages} shards={wishes.shards}, is no longer possible"
 
 
 def _single(request: Request, search: Search, best: Candidate, *, thorough: bool) -> Solution | None:

@@ -107,8 +107,26 @@ def test_replicas_hold_the_caches_of_more_requests_than_one_ring_could() -> None
     with pytest.raises(NoFeasiblePlan):
         partition(rich(), SMOL, {**asked, "max_sites": 1})
     several = partition(rich(), SMOL, {**asked, "replicas": "auto"})
-    assert len(several.replicas) >= 1 or len(several.stages) > 1
-    assert several.concurrency == 8
+    assert several.concurrency * (1 + len(several.replicas)) >= 8
+
+
+def test_a_loss_in_one_ring_is_made_good_in_that_ring() -> None:
+    """The others recover by themselves: their devices are not free, and no ring is planned for them again."""
+    asked = {"replicas": 2, "concurrency": 2, "objective": "balanced"}
+    plan = partition(rich(), SMOL, asked)
+    (replica,) = plan.replicas
+    taken = {shard.key: shard.memory_bytes for stage in replica.stages for shard in stage.shards}
+    left = rich().without({plan.stages[0].lead.site})
+    sites = tuple(
+        replace(
+            s,
+            devices=tuple(replace(d, free_bytes=d.free_bytes - taken.get(f"{s.name}/{d.name}", 0)) for d in s.devices),
+        )
+        for s in left.sites
+    )
+    again = partition(replace(left, sites=sites), SMOL, asked, previous=plan)
+    assert again.replicas == ()
+    assert (again.share, again.concurrency) == (plan.share, plan.concurrency)
 
 
 def test_standbys_are_elsewhere_and_cover_what_is_longest_to_load() -> None:
