@@ -1,9 +1,12 @@
 """Membership and state exchange on a virtual network: the real cores, a latency matrix, a seed and a fault.
 
     python -m benchmarks.gossip --sites N --minutes M --seed S --rtt FILE.csv --profile NAME --fault SPEC --json
+    python -m benchmarks.gossip compare --sites N --minutes M --seeds COUNT --rtt FILE.csv [--fault SPEC]... --json
+    python -m benchmarks.gossip calibrate --seeds COUNT --json
 
 Profiles: `isthmus` is ours; `memberlist-lan` and `memberlist-wan` are the same code with memberlist's constants and
-fixed time-outs, so that only the algorithm differs.
+fixed time-outs, so that only the algorithm differs. `compare` runs all profiles under every fault; `calibrate` sets the
+memberlist profiles on zero latency beside what the real memberlist was measured to take.
 """
 
 from __future__ import annotations
@@ -17,11 +20,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from benchmarks.gossip import scenario
+from benchmarks.gossip.compare import calibrate, compare, faults_for
 from mesh.cli.tables import say, table
 from mesh.errors import ConfigError, MeshError
 from mesh.gossip.profiles import PROFILES
 from simulations.faults import parse_fault
-from simulations.latency import load_rtt, uniform
+from simulations.latency import Matrix, load_rtt, uniform
 
 #: Without a file: a round trip of this many milliseconds between any two sites.
 DEFAULT_RTT_MS = 50.0
@@ -62,28 +66,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run, print. A mistake in the arguments is one line and exit code 2."""
     try:
         options = _parser().parse_args(arguments)
-        settings = _settings(options)
-        started = time.perf_counter()
-        figures = {**_inputs(options, settings), **scenario.run(settings)}
-        took_s = time.perf_counter() - started
+        return {"run": _run, "compare": _compare, "calibrate": _calibrate}[options.what](options)
     except MeshError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    if options.json:
-        print(json.dumps(figures))
-    else:
-        table(["", ""], [[name, _shown(value)] for name, value in figures.items()])
-        say(f"{figures['virtual_s']:.0f} virtual seconds in {took_s:.1f} s")
-    return 0
 
 
-def _settings(options: argparse.Namespace) -> scenario.Settings:
-    fault = parse_fault(options.fault)
-    whole = uniform(options.sites or DEFAULT_SITES, DEFAULT_RTT_MS) if options.rtt is None else load_rtt(options.rtt)
-    count = options.sites or len(whole)
+def _run(options: argparse.Namespace) -> int:
+    if len(options.fault) > 1:
+        raise ConfigError("--fault: a run suffers one; `compare` takes several")
+    spec = options.fault[0] if options.fault else "none"
+    fault, (matrix, count) = parse_fault(spec), _matrix(options)
     fault.fits(count)
-    return scenario.Settings(
-        matrix=whole.sites(count, options.seed),
+    settings = scenario.Settings(
+        matrix=matrix.sites(count, options.seed),
         minutes=options.minutes,
         seed=options.seed,
         timing=PROFILES[options.profile],
@@ -91,19 +87,59 @@ def _settings(options: argparse.Namespace) -> scenario.Settings:
         loss=options.loss,
         jitter=options.jitter,
     )
+    started = time.perf_counter()
+    inputs = {name: getattr(options, name) for name in ("minutes", "seed", "rtt", "profile", "loss", "jitter")}
+    figures = {"sites": count, "fault": spec, **inputs, **scenario.run(settings)}
+    if options.json:
+        print(json.dumps(figures))
+    else:
+        table(["", ""], [[name, _shown(value)] for name, value in figures.items()])
+        say(f"{figures['virtual_s']:.0f} virtual seconds in {time.perf_counter() - started:.1f} s")
+    return 0
 
 
-def _inputs(options: argparse.Namespace, settings: scenario.Settings) -> dict[str, Any]:
-    return {
-        "sites": len(settings.matrix),
-        "minutes": options.minutes,
-        "seed": options.seed,
-        "rtt": options.rtt,
-        "profile": options.profile,
-        "fault": options.fault,
-        "loss": options.loss,
-        "jitter": options.jitter,
-    }
+def _compare(options: argparse.Namespace) -> int:
+    matrix, count = _matrix(options)
+    specs = options.fault or faults_for(count)
+    for spec in specs:
+        parse_fault(spec).fits(count)
+    seeds = range(options.seed, options.seed + options.seeds)
+    found = []
+    for row in compare(
+        matrix,
+        sites=count,
+        minutes=options.minutes,
+        seeds=seeds,
+        faults=specs,
+        loss=options.loss,
+        jitter=options.jitter,
+    ):
+        found.append(row.to_dict())
+        if options.json:
+            print(f"{row.fault} {row.profile}: {_shown(row.detect_p50_s)} s", file=sys.stderr)
+    _print(options, found, f"{count} sites, {options.seeds} seeds; ratio: detection, times slower than ours")
+    return 0
+
+
+def _calibrate(options: argparse.Namespace) -> int:
+    _print(
+        options, list(calibrate(range(options.seed, options.seed + options.seeds))), "virtual beside real memberlist"
+    )
+    return 0
+
+
+def _print(options: argparse.Namespace, rows: list[dict[str, Any]], title: str) -> None:
+    if options.json:
+        print(json.dumps(rows))
+    else:
+        say(title)
+        table(list(rows[0]), [[_shown(value) for value in row.values()] for row in rows])
+
+
+def _matrix(options: argparse.Namespace) -> tuple[Matrix, int]:
+    """The matrix of the file, and how many sites are to be laid out by it."""
+    whole = uniform(options.sites or DEFAULT_SITES, DEFAULT_RTT_MS) if options.rtt is None else load_rtt(options.rtt)
+    return whole, options.sites or len(whole)
 
 
 def _shown(value: Any) -> str:
@@ -125,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=FIGURES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("what", nargs="?", choices=("run", "compare", "calibrate"), default="run")
     parser.add_argument(
         "--sites", type=_whole(1, MAX_SITES), metavar="N", help="default: the rows of the file, else 11"
     )
@@ -140,11 +177,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--fault",
-        default="none",
+        action="append",
+        default=[],
         metavar="SPEC",
         help="none, crash:K, slow:K:SECONDS (paused so long at a time, again and again), loss:K:FRACTION (of their "
         "packets, each way), flap-ingress:K:ON:OFF (hear nothing for OFF seconds, then everything for ON), "
-        "partition:SECONDS (two halves), oneway:K (pairs); default: none",
+        "partition:SECONDS (two halves), oneway:K (pairs); default: none; compare: all",
     )
     parser.add_argument(
         "--loss", type=_number(0.0, 1.0), default=0.0, metavar="FRACTION", help="of all packets; default: 0"
@@ -156,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FRACTION",
         help="at most so much of a path's latency is added, evenly spread; default: 0.1",
     )
+    parser.add_argument("--seeds", type=_whole(1, 1000), default=5, metavar="COUNT", help="of compare and calibrate")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
 
