@@ -105,7 +105,7 @@ def difference(candidate: Candidate, chosen: Candidate) -> str:
         f"{candidate.token_s / chosen.token_s - 1:+.1%} ms a token",
         f"{candidate.rate / chosen.rate - 1:+.1%} tokens/s over many requests",
     ]
-    if chosen.price_per_hour or candidate.price_per_hour:
+    if chosen.price_per_hour != candidate.price_per_hour:
         parts.append(f"{candidate.price_per_hour - chosen.price_per_hour:+.3g} an hour")
     more = len(candidate.sites) - len(chosen.sites)
     if more:

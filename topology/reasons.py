@@ -49,8 +49,8 @@ def weighed(solution: Solution) -> list[str]:
     search, chosen = solution.search, solution.chosen
     least_s, most = bounds(search.picture, search.model)
     lines = [
-        f"no plan on these devices takes less than {ms(least_s)} a token or gives more than {most:.3g} tokens/s: "
-        f"this one is within {max(chosen.token_s / least_s - 1, 0.0):.0%} and {max(most / solution.rate - 1, 0.0):.0%}"
+        f"no plan on these devices takes less than {ms(least_s)} a token or gives more than {most:.3g} tokens/s: this "
+        f"one takes {max(chosen.token_s / least_s - 1, 0.0):.0%} more and gives {solution.rate:.3g} tokens/s"
     ]
     front = solution.archive.front
     if len(front) > 1:

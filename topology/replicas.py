@@ -69,8 +69,13 @@ class Fleet:
         return (round(figure * 1e9), round(token_s * 1e9), len(self.sites), tuple(ring.identity for ring in self.rings))
 
 
-def fleet(picture: Picture, wishes: Constraints, make: MakeSearch) -> Fleet | None:
-    """The rings that `replicas` asks for, or None where there are not as many or they miss a limit together."""
+def fleet(
+    picture: Picture, wishes: Constraints, make: MakeSearch, accept: Callable[[Fleet], bool] = lambda found: True
+) -> Fleet | None:
+    """The rings that `replicas` asks for, or None where there are not as many or they miss a limit together.
+
+    `accept` may refuse rings, for example where they leave no room for standbys.
+    """
     asked = wishes.replicas
     counts = range(1, MAX_RINGS + 1) if asked == "auto" else [int(asked)]
     rates_count = wishes.wish in ("throughput", "cost", "balanced")
@@ -78,13 +83,27 @@ def fleet(picture: Picture, wishes: Constraints, make: MakeSearch) -> Fleet | No
     for count in counts:
         found = [_rings(picture, wishes, way, count, make) for way in dict.fromkeys((wishes.wish, *WAYS))]
         good = [each for each in found if each is not None]
+        if count == 1 and wishes.standbys:
+            good += [other for each in good for other in _smaller(each, wishes)]
         for each in good:
             enough = wishes.min_tokens_per_s is None or each.rate >= wishes.min_tokens_per_s * (1 - 1e-12)
-            if enough and (best is None or each.worth(wishes.wish, picture) < best.worth(wishes.wish, picture)):
+            if (
+                enough
+                and accept(each)
+                and (best is None or each.worth(wishes.wish, picture) < best.worth(wishes.wish, picture))
+            ):
                 best = each
         if (best is not None and not rates_count) or (not good and wishes.concurrency is None):
             break  # more rings do not help, or do not fit
     return best
+
+
+def _smaller(found: Fleet, wishes: Constraints) -> list[Fleet]:
+    """Single rings next best to the one found: they may leave the room that standbys need."""
+    (search,) = found.searches
+    most = wishes.max_sites
+    rings = [ring for ring in search.assembler.archive.best if most is None or len(ring.sites) <= most]
+    return [Fleet((ring,), (ring.rate,), (search,)) for ring in rings]
 
 
 def _rings(picture: Picture, wishes: Constraints, way: str, count: int, make: MakeSearch) -> Fleet | None:

@@ -48,7 +48,10 @@ def shortfalls(
         return Search(picture, model, context, wishes, strategy, max_work=TRY_WORK).run().best
 
     picture = look(snapshot, model, constraints, reserve=False, origin=origin)
+    asked = constraints
     constraints = replace(constraints, standbys=0, replicas=1)
+    if asked != constraints and (plain := tried(constraints)) is not None:
+        return _besides(asked, plain, picture) or (_memory(picture, model, context, constraints),)
     found: list[Shortfall] = []
     if outcome is not None and outcome.fastest is not None:
         missed = _limits(constraints, tried, outcome.fastest)
@@ -112,6 +115,20 @@ def _limits(
         if found:
             return tuple(found)
     return ()
+
+
+def _besides(asked: Constraints, plain: Candidate, picture: Picture) -> tuple[Shortfall, ...]:
+    """One ring there is; the standbys and further rings that were asked for are what has no room."""
+    used = sum(len(each.nodes) for each in plain.fits)
+    free = sum(len(nodes) for nodes in picture.nodes.values()) - used
+    found = []
+    if asked.standbys:
+        have = min(free, asked.standbys - 1)
+        found.append(Shortfall("standbys", asked.standbys, have, asked.standbys - have, "devices"))
+    if isinstance(asked.replicas, int) and asked.replicas > 1:
+        have = min(1 + free // used, asked.replicas - 1)
+        found.append(Shortfall("replicas", asked.replicas, have, asked.replicas - have, "rings"))
+    return tuple(found) or _limits(replace(asked, standbys=0), lambda wishes: plain, plain)
 
 
 def _devices(name: str, wider: Candidate, picture: Picture) -> Shortfall:

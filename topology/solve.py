@@ -196,9 +196,23 @@ def _whole_front(request: Request, search: Search, archive: Archive) -> Archive:
 
 
 def _fleet(request: Request, picture: Picture, asked: Constraints, max_work: float) -> Solution | None:
-    found = fleet(picture, asked, lambda left, wishes: request.search(left, wishes, max_work))
-    if found is None:
-        return None
+    done: dict[int, Solution] = {}
+
+    def accept(found: Fleet) -> bool:
+        solution = _with_rings(request, picture, asked, found)
+        if solution is not None:
+            done[id(found)] = solution
+        return solution is not None
+
+    def make(left: Picture, wishes: Constraints) -> Search:
+        return request.search(left, wishes, max_work)
+
+    found = fleet(picture, asked, make, accept)
+    return None if found is None else done[id(found)]
+
+
+def _with_rings(request: Request, picture: Picture, asked: Constraints, found: Fleet) -> Solution | None:
+    """The rings with their standbys, which cover the first of them; None where there is no room or money for those."""
     search, chosen = found.searches[0], found.rings[0]
     taken = {node.key for ring in found.rings for each in ring.fits for node in each.nodes}
     standbys: tuple[Standby, ...] | None = ()

@@ -285,3 +285,14 @@ def test_hidden_states_are_coded_where_bandwidth_is_the_limit_and_codes_are_allo
     assert any("leave a/cpu as int8" in line or "leave b/cpu as int8" in line for line in coded.why)
     assert Plan.from_dict(coded.to_dict()) == coded
     assert all(stage.code == "" for stage in partition(wide, SMOL, {"codes": ["fp8"]}).stages)
+
+
+def test_rings_leave_room_for_the_standbys_that_are_asked_for() -> None:
+    snapshot = mesh([site(name) for name in "abcd"], SIX)
+    for replicas in (1, "auto"):
+        plan = partition(snapshot, SMOL, {"objective": "throughput", "standbys": 1, "replicas": replicas})
+        assert len(plan.standbys) == 1
+        assert len(plan.memory_bytes) == 4
+    with pytest.raises(NoFeasiblePlan, match="standbys: needs 4 devices") as refusal:
+        partition(snapshot, SMOL, {"standbys": 4, "replicas": "auto"})
+    assert all(shortfall.missing > 0 for shortfall in refusal.value.shortfalls)
