@@ -20,6 +20,8 @@ from hashlib import sha256
 
 from mesh.gossip.config import GossipConfig, Timing
 from mesh.gossip.core import Event, GossipCore
+from mesh.gossip.proof import Prover
+from mesh.gossip.sealing import Sealer
 from simulations.clock import VirtualClock
 from simulations.latency import Matrix
 from simulations.streams import Streams
@@ -121,13 +123,24 @@ class VirtualNetwork:
 
     # ---------------------------------------------------------------- peers
 
-    def spawn(self, site: str, *, seeds: Iterable[str] = (), address: str | None = None, incarnation: int = 0) -> Node:
+    def spawn(
+        self,
+        site: str,
+        *,
+        seeds: Iterable[str] = (),
+        address: str | None = None,
+        incarnation: int = 0,
+        cluster: str = "isthmus",
+        sealer: Sealer | None = None,
+        prover: Prover | None = None,
+    ) -> Node:
         """Start a peer. `seeds` are sites or addresses; `incarnation` 0 counts this site's starts."""
         starts = self._starts[site] = self._starts.get(site, 0) + 1
         place = address or self.address(site)
         config = GossipConfig(
             site=site,
             address=place,
+            cluster=cluster,
             incarnation=incarnation or starts,
             seeds=[seed if ":" in seed else self.address(seed) for seed in seeds],
             rng=random.Random(f"{self.seed}/{site}/{starts}"),
@@ -135,7 +148,7 @@ class VirtualNetwork:
         )
         if self._rows is None:
             self._numbers.setdefault(site, len(self._numbers))
-        node = Node(site, place, self._numbers[site], GossipCore(config, streaming=True))
+        node = Node(site, place, self._numbers[site], GossipCore(config, None, sealer, prover, streaming=True))
         self.nodes[site] = node
         self._places[place] = node
         node.core.start(self.clock.now_s)

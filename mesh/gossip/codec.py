@@ -96,9 +96,14 @@ class Codec:
         """Take a datagram apart. Raises Malformed or one of its subclasses, nothing else."""
         if len(data) > config.MAX_DATAGRAM_BYTES:
             raise Malformed("datagram too large")
-        opened = self._sealer.open(self._behind_header(data), source=source, now=now)
+        try:
+            opened = self._sealer.open(self._behind_header(data), source=source, now=now)
+        except Malformed as refused:
+            if refused.reply is not None:
+                refused.reply = self._header + refused.reply
+            raise
         reply = None if opened.reply is None else self._header + opened.reply
-        if not opened.body and reply is not None:
+        if not opened.body and (reply is not None or opened.site is not None):
             return Datagram(None, [], reply)
         sender, messages = _parse(opened.body, MAX_MESSAGES)
         if opened.site is not None and opened.site != sender.site:

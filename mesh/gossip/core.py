@@ -21,7 +21,7 @@ from typing import Any, ClassVar, NamedTuple
 from mesh.gossip.absent import Known
 from mesh.gossip.codec import MAX_STREAM_MESSAGES, Codec, pack_message, pack_sender
 from mesh.gossip.config import MAX_MEMBERS, GossipConfig
-from mesh.gossip.fingerprint import Fingerprints, mark
+from mesh.gossip.fingerprint import Fingerprints, mark, name_hash
 from mesh.gossip.links import Links
 from mesh.gossip.members import ALIVE, LEFT, Claim, Member
 from mesh.gossip.messages import (
@@ -39,7 +39,7 @@ from mesh.gossip.messages import (
     Taken,
     Want,
 )
-from mesh.gossip.proof import CLUSTER, Proofs, Prover, Unproven
+from mesh.gossip.proof import CLUSTER, IDENTITY, Proofs, Prover, Statement, Unproven
 from mesh.gossip.reconcile import Budget, Reconciler
 from mesh.gossip.rtt import Rtt
 from mesh.gossip.sealing import Forged, Malformed, Sealer, Stale
@@ -54,6 +54,9 @@ MAX_STREAMS = 64
 MAX_PLACES = 4 * MAX_MEMBERS
 #: An answer of anti-entropy from this size on goes over a stream, where there are streams.
 STREAM_FROM_BYTES = 16 * 1024
+#: Sites whose key is asked for at a time, and how soon again.
+MAX_STRANGERS = 1024
+STRANGER_S = 1.0
 #: The entry that tells the mesh what this peer's probes measure.
 LINKS = "links"
 
@@ -114,6 +117,8 @@ class GossipCore:
         self._proofs = Proofs(config.cluster, prover or Unproven())
         self._places: dict[str, str] = {}
         self._replies: list[Datagram] = []
+        self._strangers: dict[str, float] = {}
+        self._early: dict[str, tuple[Sender, str, Page]] = {}
         self._asking: list[StreamRequest] = []
         self._asked: dict[int, StreamRequest] = {}
         self._tokens = 0
@@ -171,6 +176,8 @@ class GossipCore:
                 self._hear(datagram.sender, datagram.messages, source, now)
         except Malformed as error:
             self.counters[error.counter] += 1
+            if error.reply is not None:
+                self._replies.append(Datagram(source, error.reply))
             return
         self._push_soon(now)
 
@@ -413,7 +420,10 @@ class GossipCore:
         self._swim.ping_request(source, message, now)
 
     def _on_rumour(self, sender: Sender, source: str, message: Rumour, now: float) -> None:
-        self._consider(message.claim, now)
+        if self._proofs.knows(message.claim.site):
+            self._consider(message.claim, now)
+        else:
+            self._introduce(message.claim.site, source, now)
 
     def _on_taken(self, sender: Sender, source: str, message: Taken, now: float) -> None:
         self._swim.taken(sender, message, now)
@@ -438,6 +448,7 @@ class GossipCore:
         if owner not in (self.site, CLUSTER):
             peer = self._swim.peers.get(owner)
             if peer is None or not peer.live:
+                self._met(sender, source, message)
                 return
         before = self._state.owner(owner).generation
         outcome = self._state.take(message, now, sender.site)
@@ -469,6 +480,26 @@ class GossipCore:
         Taken: _on_taken,
     }
 
+    def _introduce(self, site: str, source: str, now: float) -> None:
+        """A claim of a site whose key we do not know: ask who told us for all that it knows, the key first."""
+        if now >= self._strangers.get(site, -math.inf) + STRANGER_S:
+            if len(self._strangers) >= MAX_STRANGERS:
+                self._strangers.clear()
+            self._strangers[site] = now
+            self._answer(source, [Want(name_hash(site))], now)
+
+    def _met(self, sender: Sender, source: str, page: Page) -> None:
+        """A page of a site that is no member. Its key is learnt; the page itself waits for the claim behind it."""
+        if page.key != IDENTITY or page.parts != 1 or self._proofs.knows(page.owner):
+            return
+        statement = Statement(page.owner, page.generation, page.key, page.version, page.data)
+        if not self._proofs.entry_holds(statement, page.proof):
+            self.counters[Forged.counter] += 1
+            return
+        if len(self._early) >= MAX_STRANGERS:
+            self._early.clear()
+        self._early[page.owner] = (sender, source, page)
+
     def _consider(self, claim: Claim, now: float) -> None:
         """Let membership weigh a claim, if its subject once said what it rests on."""
         if not self._proofs.holds(claim):
@@ -480,6 +511,9 @@ class GossipCore:
         touches = self._touches
         self._note_place(claim.address, claim.site)
         self._swim.consider(claim, now)
+        early = self._early.pop(claim.site, None)
+        if early is not None:
+            self._on_page(*early, now)
         if self._touches != touches:
             self._reconciler.learnt()
 

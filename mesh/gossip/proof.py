@@ -23,6 +23,8 @@ MAX_PROOF_BYTES = 72
 #: The owner of entries that the cluster's authority writes. No site's name may start like this.
 CLUSTER = "@cluster"
 RESERVED_PREFIX = "@"
+#: Key of the entry by which third parties learn a site's key.
+IDENTITY = "identity"
 #: Proofs remembered: several per member of the largest mesh. The oldest go; checking again is all that it costs.
 MAX_REMEMBERED = 32_768
 
@@ -38,6 +40,10 @@ class Prover(Protocol):
         """Whether `proof` shows that `site` said `message`. `CLUSTER` stands for the cluster's authority."""
         ...
 
+    def knows(self, site: str) -> bool:
+        """Whether the key of `site` is known. While it is not, `verify` learns it from the site's `IDENTITY` entry."""
+        ...
+
 
 class Unproven:
     """No identity: signs nothing and believes everybody."""
@@ -47,6 +53,10 @@ class Unproven:
         return b""
 
     def verify(self, site: str, message: bytes, proof: bytes) -> bool:
+        """True."""
+        return True
+
+    def knows(self, site: str) -> bool:
         """True."""
         return True
 
@@ -101,6 +111,10 @@ class Proofs:
             del self._held[next(iter(self._held))]
         self._held[place] = claim.proof
         return True
+
+    def knows(self, site: str) -> bool:
+        """Whether the key of a site is known."""
+        return self._prover.knows(site)
 
     def sign_entry(self, statement: Statement) -> bytes:
         """The proof of an entry of our own."""

@@ -18,6 +18,7 @@ from mesh.gossip import config
 from mesh.gossip.fingerprint import NAME_BYTES, ROW_BYTES, Fingerprints, split_rows
 from mesh.gossip.members import ALIVE, SUSPECT, Claim
 from mesh.gossip.messages import Buckets, Digest, Message, Page, Rumour, Summary, Want
+from mesh.gossip.proof import IDENTITY
 from mesh.gossip.state import State
 
 #: Rows in one summary: with the largest head it still fits into a datagram.
@@ -172,13 +173,19 @@ class Reconciler:
         return [] if claim is None else [Rumour(claim)]
 
     def _everything(self, sites: list[str]) -> list[Message]:
-        """Claims about these sites and all their entries, claims first, up to `ANSWER_BYTES`."""
-        said = [message for site in sites for message in self._said(site)][: ANSWER_BYTES // CLAIM_BYTES]
-        room_bytes = ANSWER_BYTES - CLAIM_BYTES * len(said)
+        """All about these sites, up to `ANSWER_BYTES`: each one's key and the claim that it proves first."""
+        said: list[Message] = []
+        room_bytes = ANSWER_BYTES
+        for site in sites:
+            for message in (*self._state.pages(site, IDENTITY), *self._said(site)):
+                said.append(message)
+                room_bytes -= CLAIM_BYTES + (len(message.data) if type(message) is Page else 0)
+            if room_bytes < 0:
+                break
         for site in sites:
             if room_bytes < 0:
                 break
-            for page in self._pages(site, list(self._state.keys(site))):
+            for page in self._pages(site, [key for key in self._state.keys(site) if key != IDENTITY]):
                 said.append(page)
                 room_bytes -= len(page.data) + CLAIM_BYTES
         return said

@@ -12,6 +12,8 @@ class Malformed(ValueError):
     """Bytes that no honest peer sends."""
 
     counter: ClassVar[str] = "malformed"
+    #: To be sent back to where it came from, as in `Opened`.
+    reply: bytes | None = None
 
 
 class Foreign(Malformed):
@@ -57,8 +59,9 @@ REFUSALS = tuple(kind.counter for kind in (Malformed, Foreign, Forged, Replayed,
 class Opened(NamedTuple):
     """What came out of a seal.
 
-    `body` is empty where there is nothing for the core. `site` is who provably sent it, None where nobody proved it.
-    `reply` is to be sent back to where it came from; like the result of `Sealer.seal` it stands behind the header.
+    `body` is empty where there is nothing for the core (beside a `site` or a `reply`). `site` is who provably sent it,
+    None where nobody proved it. `reply` is to be sent back to where it came from; like the result of `Sealer.seal` it
+    stands behind the header.
     """
 
     body: bytes

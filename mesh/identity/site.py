@@ -11,7 +11,7 @@ directory         certificates of others, so that a restart needs no greetings
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,9 @@ from mesh.identity.keys import (
     write_private,
 )
 from mesh.identity.packing import blob, pack, unpack
+from mesh.identity.prover import SiteProver
 from mesh.identity.ring import MAX_RING_BYTES, KeyRing
+from mesh.identity.seal import SiteSealer
 from mesh.identity.tokens import Assertions, Principal, verify_token
 
 FOLDER = "identity"
@@ -164,6 +166,16 @@ class SiteIdentity:
         )
         write_private(self.folder / "certificate.pem", certificate.pem)
 
+    # ---------------------------------------------------------------- for gossip
+
+    def sealer(self, wall: Callable[[], float]) -> SiteSealer:
+        """What seals datagrams; one for the life of a daemon. `wall` gives seconds since 1970."""
+        return SiteSealer(self, wall=wall)
+
+    def prover(self, wall: Callable[[], float]) -> SiteProver:
+        """What signs entries and claims, and checks those of others."""
+        return SiteProver(self, wall=wall)
+
     # ---------------------------------------------------------------- who calls
 
     def verify_token(self, text: str, now: float) -> Principal:
@@ -175,8 +187,10 @@ class SiteIdentity:
         return self.assertions.make(audience, now)
 
     def verify_assertion(self, data: bytes, now: float) -> Principal:
-        """Which site calls us. Raises IdentityError."""
-        return self.assertions.verify(data, now)
+        """Which site calls us; its certificate is known from then on. Raises IdentityError."""
+        principal, der = self.assertions.verify(data, now)
+        self.directory.learn(der, now)
+        return principal
 
     # ---------------------------------------------------------------- what the authority says
 

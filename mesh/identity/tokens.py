@@ -122,8 +122,11 @@ class Assertions:
             self._made.popitem(last=False)
         return made
 
-    def verify(self, data: bytes, now: float) -> Principal:
-        """Who made an assertion for us. Raises Damaged, ForeignCluster, NotYetValid, Expired or KeyRevoked."""
+    def verify(self, data: bytes, now: float) -> tuple[Principal, bytes]:
+        """Who made an assertion for us, and its certificate (DER).
+
+        Raises Damaged, ForeignCluster, NotYetValid, Expired or KeyRevoked.
+        """
         what = "peer assertion"
         if type(data) is not bytes or len(data) > MAX_ASSERTION_BYTES:
             raise Damaged(f"{what}: wrong size")
@@ -141,7 +144,8 @@ class Assertions:
             self._known[digest] = (certificate, issued_s)
             while len(self._known) > MAX_REMEMBERED:
                 self._known.popitem(last=False)
-        return Principal("peer", certificate.site, "administer", certificate.fingerprint, issued_s + ASSERTION_S)
+        principal = Principal("peer", certificate.site, "administer", certificate.fingerprint, issued_s + ASSERTION_S)
+        return principal, certificate.der
 
     def _check(self, data: bytes, what: str) -> tuple[SiteCertificate, int]:
         der, audience, issued_s, nonce, signature = unpack(data, 5, what, MAX_ASSERTION_BYTES)
