@@ -10,7 +10,7 @@ from functools import cached_property
 from topology.archive import Archive
 from topology.balance import balance
 from topology.constraints import CODES, Constraints
-from topology.cost import POLICIES, PREFILL_TOKENS, Fit, fit, least_bytes
+from topology.cost import POLICIES, PREFILL_TOKENS, Fit, fit, kv_bytes, least_bytes
 from topology.model import ModelSpec
 from topology.objective import LIMITED_SLACKS, SLACKS, Key, excess, key
 from topology.picture import Node, Picture
@@ -153,7 +153,8 @@ class Assembler:
         self.least_bytes = least_bytes(model, context, constraints.requests)
         self.archive = Archive(constraints.wish)
         self.work = 0.0
-        self._fits: dict[tuple[Island, str, bool, bool], Fit | None] = {}
+        self._fits: dict[tuple[Island, str, bool, bool, int], Fit | None] = {}
+        self._ladders: dict[tuple[Island, str, bool, bool], tuple[Fit, ...]] = {}
         self._rings: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
         self._hops: dict[tuple[str, str, float], float] = {}
 
@@ -204,7 +205,7 @@ class Assembler:
             return self._shared_out(tuple(good), capacity)
         if any(not 1 <= n <= most for n, most in zip(counts, capacity, strict=True)):
             return None
-        return self._priced(tuple(good), tuple(counts))
+        return self.priced(tuple(good), tuple(counts))
 
     def _shared_out(self, fits: tuple[Fit, ...], capacity: Sequence[int]) -> Candidate | None:
         """The candidate with the best split of the layers that is tried for the objective, and for limits it misses."""
@@ -224,7 +225,7 @@ class Assembler:
                     return None
                 if tuple(counts) not in tried:
                     tried.add(tuple(counts))
-                    candidate = self._priced(fits, tuple(counts))
+                    candidate = self.priced(fits, tuple(counts))
                     if candidate is None:
                         return None  # a neighbour out of reach, however the layers are shared out
                     best = candidate if best is None or candidate.cost(wish) < best.cost(wish) else best
@@ -232,14 +233,42 @@ class Assembler:
                 return best
         return best
 
-    def _fit(self, island: Island, policy: str, first: bool, last: bool) -> Fit | None:
-        key = (island, policy, first, last)
+    def _fit(self, island: Island, policy: str, first: bool, last: bool, layers: int = 0) -> Fit | None:
+        key = (island, policy, first, last, layers)
         if key not in self._fits:
-            requests = self.constraints.requests
+            requests, places = self.constraints.requests, {"first": first, "last": last, "layers": layers}
             self._fits[key] = fit(
-                self.picture, self.model, self.context, island, policy, first=first, last=last, requests=requests
+                self.picture, self.model, self.context, island, policy, requests=requests, **places
             )
         return self._fits[key]
+
+    def ladder(self, island: Island, policy: str, first: bool, last: bool) -> tuple[Fit, ...]:
+        """Ways to share an island out, the fastest first, each slower than the one before and for more layers.
+
+        `policy` is "speed" or "prefill". The lead is the island's first device.
+        """
+        key = (island, policy, first, last)
+        if key not in self._ladders:
+            steps: list[Fit] = []
+            layers, most = 0, self._most_layers(island)
+            while layers <= most:
+                self.work += 1
+                each = self._fit(island, policy, first, last, layers)
+                if each is not None:
+                    steps.append(each)
+                    layers = each.capacity + 1
+                elif layers:
+                    break
+                else:
+                    layers = 1  # the shares that are fastest do not hold a single layer
+            self._ladders[key] = tuple(steps)
+        return self._ladders[key]
+
+    def _most_layers(self, island: Island) -> int:
+        """No more layers than these fit, however an island is shared out."""
+        model = self.model
+        layer = model.layer_bytes + kv_bytes(model, model.kv_heads, self.context * self.constraints.requests)
+        return min(sum(node.usable_bytes for node in island) // layer, model.layers)
 
     def _could_hold(self, islands: Sequence[Island], policy: str) -> bool:
         """Whether all layers would fit without an embedding or a head: rules most impossible combinations out."""
@@ -258,7 +287,8 @@ class Assembler:
             return False
         return all(asked.width(i) in (None, len(each.nodes)) for i, each in enumerate(fits))
 
-    def _priced(self, fits: tuple[Fit, ...], counts: tuple[int, ...]) -> Candidate | None:
+    def priced(self, fits: tuple[Fit, ...], counts: tuple[int, ...]) -> Candidate | None:
+        """The candidate of these fits in this order, with so many layers each; None where neighbours cannot speak."""
         model = self.model
         self.work += 1
         pairs = list(zip(fits, counts, strict=True))

@@ -13,6 +13,7 @@ mean while it fills. Prefill is the roofline too, for `PREFILL_TOKENS` tokens.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Final
@@ -20,6 +21,7 @@ from typing import Final
 from topology.model import ModelSpec
 from topology.picture import Node, Path, Picture
 from topology.shares import cut
+from topology.sharing import Demand, share
 
 #: Longest run of prompt tokens a stage computes at once; activation memory is sized for it.
 PREFILL_CHUNK: Final = 512
@@ -33,8 +35,9 @@ CUT_UNIT: Final = 8
 #: Bytes of one logit: sampling happens in float32.
 LOGIT_BYTES: Final = 4
 
-#: How an island is shared out. "speed": in proportion to speed, the fastest leads. "memory": in proportion to memory,
-#: for models that fit no other way. "roomy": as "memory", and the device with most memory leads.
+#: How an island is shared out. "speed": the least time of decoding, as far as memory allows; "prefill": the least time
+#: of prefill (`topology.sharing`). "memory": in proportion to memory, for models that fit no other way. "roomy": as
+#: "memory", and the device with most memory leads.
 POLICIES: Final = ("speed", "memory", "roomy")
 
 
@@ -121,17 +124,18 @@ def fit(
     first: bool,
     last: bool,
     requests: int = 1,
+    layers: int = 0,
 ) -> Fit | None:
     """Share an island out. None where it cannot work: more devices than KV-head groups, no path, not even one layer.
 
-    `requests` KV caches of `context` tokens are held at once.
+    `requests` KV caches of `context` tokens are held at once. Shares by speed hold `layers` layers at least, or None.
     """
     nodes = tuple(sorted(island, key=lambda node: (-node.usable_bytes, node.rank))) if policy == "roomy" else island
     count = len(nodes)
     worst = slowest_path(picture, nodes)
     if count > model.kv_heads or count > model.intermediate or not worst.reachable:
         return None
-    shares = _shares(model, context, nodes, policy, first=first, last=last, requests=requests)
+    shares = _shares(model, context, nodes, policy, first=first, last=last, requests=requests, layers=layers)
     if shares is None:
         return None
     kv_heads, columns, vocabulary = shares
@@ -151,7 +155,7 @@ def fit(
     capacity = min(
         (node.usable_bytes - fixed) // layer for node, fixed, layer in zip(nodes, fixed_bytes, layer_bytes, strict=True)
     )
-    if capacity < 1:
+    if capacity < max(layers, 1):
         return None
     ranks = range(count)
     cached = [kv_bytes(model, width(g), context) / 2 for g in kv_heads]
@@ -208,15 +212,21 @@ def slowest_path(picture: Picture, nodes: tuple[Node, ...]) -> Path:
 
 
 def _shares(
-    model: ModelSpec, context: int, nodes: tuple[Node, ...], policy: str, *, first: bool, last: bool, requests: int
+    model: ModelSpec, context: int, nodes: tuple[Node, ...], policy: str, *, first: bool, last: bool, requests: int, layers: int
 ) -> tuple[tuple[tuple[int, int], ...], ...] | None:
     """Ranges of KV-head groups, MLP columns and head rows by shard; None where a shard has no room at all."""
     nobody = tuple((0, 0) for _ in nodes)
-    if policy == "speed":
-        weights = [node.speed for node in nodes]
-        kv_heads = tuple(cut(model.kv_heads, weights))
-        columns = tuple(cut(model.intermediate, weights, unit=CUT_UNIT))
-        return kv_heads, columns, tuple(cut(model.vocab, weights, unit=CUT_UNIT)) if last else nobody
+    if policy in ("speed", "prefill"):
+        found = share(_demand(model, context, nodes, policy, first=first, last=last, requests=requests, layers=layers))
+        if found is None:
+            return None
+        groups, columns, rows = found
+        unit, row_unit = _unit(model.intermediate, nodes), _unit(model.vocab, nodes)
+        return (
+            _ranges(groups, 1, model.kv_heads),
+            _ranges(columns, unit, model.intermediate),
+            _ranges(rows, row_unit, model.vocab) if last else nobody,
+        )
     embeds = [model.embedding_bytes if first and rank == 0 else 0 for rank in range(len(nodes))]
     room = [max(float(node.usable_bytes - embed), 1.0) for node, embed in zip(nodes, embeds, strict=True)]
     vocabulary = tuple(cut(model.vocab, room, unit=CUT_UNIT)) if last else nobody
@@ -235,6 +245,58 @@ def _shares(
     target = [whole * space / sum(room) - used for space, used in zip(room, attention, strict=True)]
     columns = tuple(cut(model.intermediate, [max(value, 1.0) for value in target], unit=CUT_UNIT))
     return kv_heads, columns, vocabulary
+
+
+def _unit(total: int, nodes: tuple[Node, ...]) -> int:
+    """Columns or rows are cut at multiples of `CUT_UNIT` where there are enough of those for everybody."""
+    return CUT_UNIT if -(-total // CUT_UNIT) >= len(nodes) else 1
+
+
+def _ranges(shares: list[int], unit: int, total: int) -> tuple[tuple[int, int], ...]:
+    ends = [min(end * unit, total) for end in itertools.accumulate(shares, initial=0)]
+    return tuple(itertools.pairwise(ends))
+
+
+def _demand(
+    model: ModelSpec,
+    context: int,
+    nodes: tuple[Node, ...],
+    policy: str,
+    *,
+    first: bool,
+    last: bool,
+    requests: int,
+    layers: int,
+) -> Demand:
+    """What `topology.sharing` must know: everything is linear in groups, columns and rows."""
+    unit, row_unit = _unit(model.intermediate, nodes), _unit(model.vocab, nodes)
+    group = attention_bytes(model, 1)
+    columns = mlp_bytes(model, unit)
+    if policy == "prefill":
+        tokens = min(PREFILL_TOKENS, context)
+        group_s = [_prefill_s(model, node, 1, 0, tokens) for node in nodes]
+        column_s = [_prefill_s(model, node, 0, unit, tokens) for node in nodes]
+    else:
+        group_s = [(group + kv_bytes(model, 1, context) / 2) / node.speed for node in nodes]
+        column_s = [columns / node.speed for node in nodes]
+    base = activation_bytes(model, 0, 0, context) + layers * 2 * model.row_bytes
+    ends = [ends_bytes(model, rank, 0, first=first, last=last) for rank in range(len(nodes))]
+    more = [ends_bytes(model, rank, row_unit, first=first, last=last) for rank in range(len(nodes))]
+    return Demand(
+        layers=layers,
+        groups=model.kv_heads,
+        columns=-(-model.intermediate // unit),
+        rows=-(-model.vocab // row_unit) if last else 0,
+        group_s=group_s,
+        column_s=column_s,
+        row_s=[row_unit * model.row_bytes / node.speed for node in nodes],
+        room=[node.usable_bytes - base - end for node, end in zip(nodes, ends, strict=True)],
+        group_bytes=layers * (group + kv_bytes(model, 1, context * requests))
+        + activation_bytes(model, 1, 0, context)
+        - activation_bytes(model, 0, 0, context),
+        column_bytes=layers * columns + activation_bytes(model, 0, unit, context) - activation_bytes(model, 0, 0, context),
+        row_bytes=[a - b for a, b in zip(more, ends, strict=True)],
+    )
 
 
 def _all_reduce_s(worst: Path, count: int, size_bytes: int) -> float:

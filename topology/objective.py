@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 #: How much more a token may take so that stages come out even, by objective: every one is tried, the best kept.
 #: Calibration repeats to a few per cent, so smaller differences between devices are not worth lopsided stages.
 SLACKS: Final[dict[str, tuple[float, ...]]] = {
-    "latency": (0.01,),
+    "latency": (0.0,),
     "fewest_sites": (0.05,),
     "throughput": (math.inf,),
-    "first_token": (0.01,),
+    "first_token": (0.0,),
     "cost": (math.inf, 0.05),
     "balanced": (0.01, 0.1, 0.3, math.inf),
 }

@@ -14,6 +14,7 @@ from typing import Final
 
 from topology.candidate import Assembler, Candidate
 from topology.constraints import Constraints
+from topology.exact import Exact
 from topology.fold import folded_layouts
 from topology.islands import Layout, cluster_layouts, clusters, forced_clusters, forced_layouts, site_layouts
 from topology.model import ModelSpec
@@ -63,9 +64,12 @@ class Search:
 
     def run(self) -> Outcome:
         """Look at one site, then at pairs, and so on, as far as `min_latency` and the limits ask."""
-        best: Candidate | None = None
-        fastest: Candidate | None = None
         wish = self.constraints.wish
+        proved = self._proved()
+        best = min(filter(self.meets, proved), key=lambda candidate: candidate.cost(wish), default=None)
+        fastest = min(proved, key=lambda candidate: candidate.cost("latency"), default=None)
+        if best is not None:
+            return Outcome(best, fastest, False)
         for size in range(1, self._most_sites() + 1):
             for names in self._sets(size, best):
                 candidate = self.on(names)
@@ -78,6 +82,17 @@ class Search:
             if (best is not None and wish == "fewest_sites") or self.exhausted:
                 break
         return Outcome(best, fastest, self.exhausted)
+
+    def _proved(self) -> list[Candidate]:
+        """Candidates of the exact program, where the mesh is small enough and the question is one it can answer.
+
+        The best of them is the best of all, unless it misses a limit: then others may meet it.
+        """
+        asked = self.constraints
+        if asked.forced or (self.strategy == "tensor_parallelism" and asked.wish != "latency"):
+            return []
+        exact = Exact(self.assembler, widest=1 if self.strategy == "pipeline" else self.model.kv_heads)
+        return exact.candidates() if self.picture.sites and exact.affordable else []
 
     @property
     def exhausted(self) -> bool:
