@@ -237,9 +237,7 @@ class Assembler:
         key = (island, policy, first, last, layers)
         if key not in self._fits:
             requests, places = self.constraints.requests, {"first": first, "last": last, "layers": layers}
-            self._fits[key] = fit(
-                self.picture, self.model, self.context, island, policy, requests=requests, **places
-            )
+            self._fits[key] = fit(self.picture, self.model, self.context, island, policy, requests=requests, **places)
         return self._fits[key]
 
     def ladder(self, island: Island, policy: str, first: bool, last: bool) -> tuple[Fit, ...]:
@@ -341,6 +339,7 @@ class Assembler:
     def share(self, other: Assembler) -> None:
         """Use what another assembler of the same picture, model, context and number of requests has worked out."""
         self._fits, self._rings, self._hops = other._fits, other._rings, other._hops
+        self._ladders = other._ladders
 
 
 def coded_bytes(model: ModelSpec, code: str) -> float:

@@ -212,7 +212,15 @@ def slowest_path(picture: Picture, nodes: tuple[Node, ...]) -> Path:
 
 
 def _shares(
-    model: ModelSpec, context: int, nodes: tuple[Node, ...], policy: str, *, first: bool, last: bool, requests: int, layers: int
+    model: ModelSpec,
+    context: int,
+    nodes: tuple[Node, ...],
+    policy: str,
+    *,
+    first: bool,
+    last: bool,
+    requests: int,
+    layers: int,
 ) -> tuple[tuple[tuple[int, int], ...], ...] | None:
     """Ranges of KV-head groups, MLP columns and head rows by shard; None where a shard has no room at all."""
     nobody = tuple((0, 0) for _ in nodes)
@@ -294,9 +302,16 @@ def _demand(
         group_bytes=layers * (group + kv_bytes(model, 1, context * requests))
         + activation_bytes(model, 1, 0, context)
         - activation_bytes(model, 0, 0, context),
-        column_bytes=layers * columns + activation_bytes(model, 0, unit, context) - activation_bytes(model, 0, 0, context),
+        column_bytes=layers * columns
+        + activation_bytes(model, 0, unit, context)
+        - activation_bytes(model, 0, 0, context),
         row_bytes=[a - b for a, b in zip(more, ends, strict=True)],
     )
+
+
+def all_reduces_s(picture: Picture, model: ModelSpec, nodes: tuple[Node, ...], tokens: int = 1) -> float:
+    """Seconds of both all-reduces of one layer over an island."""
+    return 2 * _all_reduce_s(slowest_path(picture, nodes), len(nodes), tokens * model.activation_bytes)
 
 
 def _all_reduce_s(worst: Path, count: int, size_bytes: int) -> float:

@@ -10,9 +10,10 @@ Stage times come from `Assembler.ladder`: shares that are fastest where memory a
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -20,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from topology.candidate import Assembler, Candidate, Island
-from topology.cost import PREFILL_TOKENS, Fit, slowest_path
+from topology.cost import LAYER_OVERHEAD_S, PREFILL_TOKENS, Fit, all_reduces_s, slowest_path
 from topology.objective import SLACKS
 from topology.picture import Node
 from topology.split import Times, level_out, times
@@ -28,10 +29,13 @@ from topology.split import Times, level_out, times
 #: A mesh with more islands than this, or more steps of the program, is not solved exactly. The steps are array
 #: operations of about 10 us, and cells of about 2 ns (numpy 2, one core of an AMD EPYC).
 MAX_ISLANDS: Final = 260
-MAX_S: Final = 0.6
+MAX_S: Final = 0.3
 STEP_S, CELL_S, FIT_S = 12e-6, 2e-9, 250e-6
 #: Plans on the front of latency and rate that are looked for at most.
 MAX_FRONT: Final = 24
+#: Equally good choices of devices that are compared further, and next best ones that are priced.
+TIES: Final = 8
+ALTERNATIVES: Final = 4
 #: Totals that differ by less count as equal: nanoseconds decide (`topology.objective`).
 SAME_S: Final = 1e-9
 
@@ -51,7 +55,11 @@ class Choice:
 class Exact:
     """The program for one assembler, that is one picture, model, context and set of constraints."""
 
-    def __init__(self, assembler: Assembler, *, widest: int) -> None:
+    def __init__(
+        self, assembler: Assembler, *, widest: int, near: Collection[frozenset[str]] = (), max_s: float = MAX_S
+    ) -> None:
+        """`near`: sites among which tensor parallelism pays. `max_s`: time that may be spent, by estimate."""
+        self._near, self._max_s = near, min(max_s, MAX_S)
         self.assembler, self.layers = assembler, assembler.model.layers
         self.picture, self.constraints = assembler.picture, assembler.constraints
         self.sites = self.picture.sites
@@ -59,6 +67,8 @@ class Exact:
         self.counts = tuple(len(kind) for kind in self.kinds)
         self.widest = min(widest, assembler.model.kv_heads, assembler.model.intermediate)
         self._choices: dict[tuple[str, bool, bool], dict[Vector, Choice]] = {}
+        self._bounds = {vector: self._bound(vector) for vector in self._vectors()} if self.affordable else {}
+        self._limit_s, self._few = math.inf, False
 
     @property
     def affordable(self) -> bool:
@@ -68,11 +78,19 @@ class Exact:
         if states > MAX_ISLANDS or self.layers > 512:
             return False
         cells = steps * len(self.sites) * (self.layers + 1) ** 2 * min(len(self.sites), 2.5)
-        return steps * 5 * STEP_S + cells * CELL_S + states * 8 * FIT_S < MAX_S
+        return steps * 5 * STEP_S + cells * CELL_S + states * 8 * FIT_S < self._max_s
 
     def candidates(self) -> list[Candidate]:
         """Plans among which is the best of all by what the constraints wish; where limits are set, the front too."""
         wish = self.constraints.wish
+        if wish in ("latency", "first_token", "throughput"):
+            # A plan of few islands is soon found, and rules most others out.
+            self._few = True
+            first = getattr(self, f"_{wish}")()
+            self._few = False
+            self._choices.clear()
+            figure = {"latency": "token_s", "first_token": "first_token_s", "throughput": "slowest_s"}[wish]
+            self._limit_s = min((getattr(candidate, figure) for candidate in first), default=math.inf)
         front = wish == "balanced" or (self.constraints.concurrency is not None and wish in ("throughput", "cost"))
         found = self._front() if front else getattr(self, f"_{wish}")()
         if all(candidate.excess for candidate in found) and found:
@@ -108,7 +126,8 @@ class Exact:
         ranked = sorted(prices, key=lambda state: (prices[state], state))[:4]
         found: list[Candidate] = []
         for state in ranked:
-            found += self._plans(self._run("speed", np.add, limit_s=totals[state], within=state), lambda t: _only(t, state))
+            run = self._run("speed", np.add, limit_s=totals[state], within=state)
+            found += self._plans(run, functools.partial(_only, state=state))
         return found
 
     def _front(self) -> list[Candidate]:
@@ -132,9 +151,7 @@ class Exact:
     def _price(self, state: Vector) -> float:
         return self.picture.price_per_hour(node for kind, n in zip(self.kinds, state, strict=True) for node in kind[:n])
 
-    def _run(
-        self, policy: str, combine: Combine, *, limit_s: float = math.inf, within: Vector | None = None
-    ) -> Run:
+    def _run(self, policy: str, combine: Combine, *, limit_s: float = math.inf, within: Vector | None = None) -> Run:
         self.assembler.work += 1
         return Run(self, policy, combine, limit_s, within or self.counts)
 
@@ -143,13 +160,41 @@ class Exact:
         key = (policy, first, last)
         if key not in self._choices:
             found = {}
-            for vector in itertools.product(*(range(n + 1) for n in self.counts)):
-                if 0 < sum(vector) <= self.widest and self._may(vector, first=first, last=last):
+            for vector in self._bounds:
+                if self._wanted(vector) and self._may(vector, first=first, last=last):
                     leads = self._leads(vector, policy, first, last)
                     if leads:
                         found[vector] = Choice(vector, leads)
             self._choices[key] = found
         return self._choices[key]
+
+    def _vectors(self) -> Iterator[Vector]:
+        """Every island that could do any work at all."""
+        for vector in itertools.product(*(range(n + 1) for n in self.counts)):
+            if 0 < sum(vector) <= self.widest:
+                sites = frozenset(self.kinds[i][0].site for i, n in enumerate(vector) if n)
+                if len(sites) == 1 or self.constraints.wish != "fewest_sites" or sites in self._near:
+                    yield vector
+
+    def _bound(self, vector: Vector) -> float:
+        """Seconds of a layer that no sharing comes below."""
+        model, nodes = self.assembler.model, self.island(vector, (0,) * len(vector), None)
+        if self.constraints.wish == "first_token":
+            tokens = min(PREFILL_TOKENS, self.assembler.context)
+            operations = 2 * (model.layer_parameters - 2 * model.hidden) * tokens
+            work_s = operations / math.fsum(node.flops for node in nodes)
+            return work_s + LAYER_OVERHEAD_S + all_reduces_s(self.picture, model, nodes, tokens)
+        weights_s = (model.layer_bytes - 2 * model.row_bytes) / math.fsum(node.speed for node in nodes)
+        return weights_s + LAYER_OVERHEAD_S + all_reduces_s(self.picture, model, nodes)
+
+    def _wanted(self, vector: Vector) -> bool:
+        """Whether a stage of this island may be in a plan as good as those that are known already."""
+        sites = {self.kinds[i][0].site for i, n in enumerate(vector) if n}
+        if self._few:  # single devices, and whole sites
+            whole = all(n == self.counts[i] for i, n in enumerate(vector) if self.kinds[i][0].site in sites and n)
+            return sum(vector) == 1 or (len(sites) == 1 and whole)
+        least_s = 0.0 if self.constraints.wish == "throughput" else min(self._bounds.values())
+        return self._bounds[vector] + (self.layers - 1) * least_s <= self._limit_s
 
     def _may(self, vector: Vector, *, first: bool, last: bool) -> bool:
         nodes = self.island(vector, (0,) * len(vector), None)
@@ -189,12 +234,11 @@ class Exact:
     def _plans(self, run: Run, choose: Callable[[dict[Vector, float]], list[Vector]]) -> list[Candidate]:
         if not run.totals:
             return []
-        found = []
-        for state in choose(run.totals)[:8]:
-            candidate = self._plan(run, run.path(state))
-            if candidate is not None:
-                found.append(candidate)
-        return found
+        chosen = choose(run.totals)[:TIES]
+        # The next best devices are priced as well, to be remembered as alternatives.
+        others = sorted(run.totals, key=lambda state: (run.totals[state], state))[:ALTERNATIVES]
+        plans = {state: self._plan(run, run.path(state)) for state in dict.fromkeys([*chosen, *others])}
+        return [plan for state in chosen if (plan := plans[state]) is not None]
 
     def _plan(self, run: Run, path: Sequence[tuple[Vector, int]]) -> Candidate | None:
         """The candidate of a path, its layers evened out as far as that costs nothing."""
@@ -224,7 +268,7 @@ class Run:
         self._go()
 
     def _hops(self) -> tuple[Array, Array]:
-        """Between leads of two sites: seconds (or, for the rate, seconds that the link is taken); and back to the first."""
+        """Between leads of two sites, and back to the first: seconds; for the rate, how long the link is taken."""
         exact, model = self.exact, self.exact.assembler.model
         tokens = min(PREFILL_TOKENS, exact.assembler.context) if self.policy == "prefill" else 1
         size = tokens * model.activation_bytes

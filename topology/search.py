@@ -29,6 +29,9 @@ LISTED_FORCED: Final = 4096
 #: Work spent at most, in units of about 0.1 ms (`Assembler.work`): bounds planning to some seconds on any mesh.
 MAX_WORK: Final = 20_000
 
+#: Seconds of a unit of work.
+WORK_S: Final = 1e-4
+
 Block = tuple[Layout, ...]  # the layouts to choose from, for one site or one cluster
 
 
@@ -91,8 +94,13 @@ class Search:
         asked = self.constraints
         if asked.forced or (self.strategy == "tensor_parallelism" and asked.wish != "latency"):
             return []
-        exact = Exact(self.assembler, widest=1 if self.strategy == "pipeline" else self.model.kv_heads)
-        return exact.candidates() if self.picture.sites and exact.affordable else []
+        if asked.private or asked.codes:
+            return []  # devices that serve both ends, and hops that depend on a code, are not in the program
+        if not self.picture.sites:
+            return []
+        widest = 1 if self.strategy == "pipeline" else self.model.kv_heads
+        exact = Exact(self.assembler, widest=widest, near=self._clusters, max_s=self._max_work * WORK_S / 4)
+        return exact.candidates() if exact.affordable else []
 
     @property
     def exhausted(self) -> bool:

@@ -90,9 +90,7 @@ def share(demand: Demand) -> Shares | None:
             continue
         room = [free - demand.group_bytes * g for free, g in zip(demand.room, groups, strict=True)]
         for filled, taken in _fillings(demand, room, columns, rows):
-            took_s = (
-                attention_s + demand.layers * _slowest(filled, demand.column_s) + _slowest(taken, demand.row_s)
-            )
+            took_s = attention_s + demand.layers * _slowest(filled, demand.column_s) + _slowest(taken, demand.row_s)
             if took_s < best_s:
                 best, best_s = (list(groups), filled, taken), took_s
     return best
@@ -150,7 +148,9 @@ def _fillings(
     filled = fair(demand.columns, demand.column_s, kept)
     if filled is not None:
         free = [r - demand.column_bytes * n for r, n in zip(room, filled, strict=True)]
-        last = fair(demand.rows, demand.row_s, [_whole(f, size, demand.rows) for f, size in zip(free, each, strict=True)])
+        last = fair(
+            demand.rows, demand.row_s, [_whole(f, size, demand.rows) for f, size in zip(free, each, strict=True)]
+        )
         if last is not None:
             yield filled, last
 

@@ -26,7 +26,9 @@ def times(steps: Sequence[Fit], layers: int, policy: str) -> Times:
     counts = np.arange(layers + 1)
     for each in steps:
         most = min(each.capacity, layers)
-        best[1 : most + 1] = np.minimum(best[1 : most + 1], (counts * layer_s(each, policy) + head_s(each))[1 : most + 1])
+        best[1 : most + 1] = np.minimum(
+            best[1 : most + 1], (counts * layer_s(each, policy) + head_s(each))[1 : most + 1]
+        )
     return best
 
 
