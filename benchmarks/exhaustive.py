@@ -14,10 +14,11 @@ import argparse
 import itertools
 import json
 import math
+import operator
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -62,7 +63,7 @@ def mesh(seed: int) -> tuple[Snapshot, ModelSpec]:
     room = 10 ** rng.uniform(-0.6, 0.4)
     sites = []
     for name, count in zip("abcd", counts, strict=False):
-        devices = []
+        devices: list[Device] = []
         for index in range(count):
             memory = int(whole * room * rng.uniform(0.3, 1.2))
             speed = base * 2 ** rng.uniform(-2, 2)
@@ -183,8 +184,11 @@ class Exhaustive:
     def best(self, objective: str) -> float:
         """The least seconds a token, until the first token, or of the slowest stage or hop; infinite: no plan."""
         layers = self.model.layers
-        take = (lambda stage: stage.first_s) if objective == "first_token" else (lambda stage: stage.token_s)
-        combine = max if objective == "throughput" else (lambda a, b: a + b)
+        combine: Callable[[float, float], float] = max if objective == "throughput" else operator.add
+
+        def take(stage: Stage) -> Array:
+            return stage.first_s if objective == "first_token" else stage.token_s
+
         self._best = min((float(take(stage)[layers]) for stage in self.stages[True, True]), default=math.inf)
         middle = [(s.mask, s.site, take(s)) for s in self.stages[False, False]]
         last = [(s.mask, s.site, take(s)) for s in self.stages[False, True]]

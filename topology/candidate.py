@@ -236,8 +236,17 @@ class Assembler:
     def _fit(self, island: Island, policy: str, first: bool, last: bool, layers: int = 0) -> Fit | None:
         key = (island, policy, first, last, layers)
         if key not in self._fits:
-            requests, places = self.constraints.requests, {"first": first, "last": last, "layers": layers}
-            self._fits[key] = fit(self.picture, self.model, self.context, island, policy, requests=requests, **places)
+            self._fits[key] = fit(
+                self.picture,
+                self.model,
+                self.context,
+                island,
+                policy,
+                first=first,
+                last=last,
+                requests=self.constraints.requests,
+                layers=layers,
+            )
         return self._fits[key]
 
     def ladder(self, island: Island, policy: str, first: bool, last: bool) -> tuple[Fit, ...]:

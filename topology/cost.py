@@ -228,11 +228,11 @@ def _shares(
         found = share(_demand(model, context, nodes, policy, first=first, last=last, requests=requests, layers=layers))
         if found is None:
             return None
-        groups, columns, rows = found
+        groups, parts, rows = found
         unit, row_unit = _unit(model.intermediate, nodes), _unit(model.vocab, nodes)
         return (
             _ranges(groups, 1, model.kv_heads),
-            _ranges(columns, unit, model.intermediate),
+            _ranges(parts, unit, model.intermediate),
             _ranges(rows, row_unit, model.vocab) if last else nobody,
         )
     embeds = [model.embedding_bytes if first and rank == 0 else 0 for rank in range(len(nodes))]

@@ -311,7 +311,7 @@ class Run:
             (v, [(s, np.where(shift >= 0, each[np.maximum(shift, 0)], math.inf)) for s, _, each in leads])
             for v, leads in self._middle
         ]
-        last = dict(self._last)
+        ending = dict(self._last)
         for state in itertools.product(*(range(n + 1) for n in self.within)):
             here = self.best.get(state)
             if here is None or not np.isfinite(here).any() or sum(state) == sum(self.within):
@@ -319,20 +319,20 @@ class Run:
             if most is not None and exact._breadth(state) > most:
                 continue
             reached = self._reached(here)
-            for vector, leads in middle:
+            for vector, tables in middle:
                 following = tuple(a + b for a, b in zip(state, vector, strict=True))
                 if any(a > b for a, b in zip(following, self.within, strict=True)):
                     continue
                 if most is not None and exact._breadth(following) > most:
                     continue
-                for site, _, seconds in last.get(vector, ()):
+                for site, _, seconds in ending.get(vector, ()):
                     total = self._end(reached, site, seconds).min()
                     if total < self.totals.get(following, math.inf):
                         self.totals[following] = float(total)
                 if following == self.within:
                     continue  # nobody is left to be the last stage
                 target = self._at(following)
-                for site, table in leads:
+                for site, table in tables:
                     value = self.combine(reached[:, site, None, :], table[None]).min(axis=2)
                     np.minimum(target[:, site], value, out=target[:, site])
         assert sites

@@ -115,9 +115,9 @@ def _cuts(demand: Demand, ideal: list[int]) -> Iterator[Sequence[int]]:
     most = [int((free - demand.column_bytes) // demand.group_bytes) for free in demand.room]
     for weight in (0.0, 0.25, 0.5, 0.75, 1.0):
         seconds = [s ** (1 - weight) / max(r, 1.0) ** weight for s, r in zip(demand.group_s, demand.room, strict=True)]
-        groups = fair(demand.groups, seconds, most)
-        if groups is not None:
-            yield groups
+        between = fair(demand.groups, seconds, most)
+        if between is not None:
+            yield between
 
 
 def _fillings(
