@@ -159,7 +159,7 @@ _PACKERS: dict[type, Callable[[Any], bytes]] = {
     Ack: lambda m: _pack([1, *m]),
     Nack: lambda m: _pack([2, *m]),
     PingRequest: lambda m: _pack([3, *m]),
-    Rumour: lambda m: _pack([4, *_pack_claim(m.claim)]),
+    Rumour: lambda m: _pack([4, *_pack_claim(m.claim), m.news]),
     Buckets: lambda m: _pack([5, *m]),
     Summary: lambda m: _pack([6, *m]),
     Want: lambda m: _pack([7, *m]),
@@ -294,7 +294,10 @@ def _ping_request(item: list[Any]) -> Message:
 
 
 def _rumour(item: list[Any]) -> Message:
-    return Rumour(_claim(_fields(item, 7)[1:]))
+    fields = _fields(item, 8)
+    if type(fields[7]) is not bool:
+        raise Malformed("bad rumour")
+    return Rumour(_claim(fields[1:7]), fields[7])
 
 
 def _bucket_count(value: Any) -> int:

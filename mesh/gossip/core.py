@@ -421,7 +421,7 @@ class GossipCore:
 
     def _on_rumour(self, sender: Sender, source: str, message: Rumour, now: float) -> None:
         if self._proofs.knows(message.claim.site):
-            self._consider(message.claim, now)
+            self._consider(message.claim, now, news=message.news)
         else:
             self._introduce(message.claim.site, source, now)
 
@@ -500,7 +500,7 @@ class GossipCore:
             self._early.clear()
         self._early[page.owner] = (sender, source, page)
 
-    def _consider(self, claim: Claim, now: float) -> None:
+    def _consider(self, claim: Claim, now: float, *, news: bool) -> None:
         """Let membership weigh a claim, if its subject once said what it rests on."""
         if not self._proofs.holds(claim):
             self.counters[Forged.counter] += 1
@@ -510,7 +510,10 @@ class GossipCore:
             self.counters[Stale.counter] += 1
         touches = self._touches
         self._note_place(claim.address, claim.site)
-        self._swim.consider(claim, now)
+        if news:
+            self._swim.consider(claim, now)
+        else:
+            self._swim.learn(claim, now)
         early = self._early.pop(claim.site, None)
         if early is not None:
             self._on_page(*early, now)

@@ -47,9 +47,10 @@ class PingRequest(NamedTuple):
 
 
 class Rumour(NamedTuple):
-    """A claim about a member."""
+    """A claim about a member. Whoever it is news to passes it on, unless it is an old one that the receiver missed."""
 
     claim: Claim
+    news: bool = True
 
 
 class Buckets(NamedTuple):

@@ -43,6 +43,7 @@ class Own:
         self.address = address
         self.incarnation = settings.incarnation
         self.left = False
+        self.hushed = False
         self.taken_by: str | None = None
         self.health = 0
         self.t = settings.timing
@@ -68,7 +69,9 @@ class Own:
         return self._prove(Claim(self.site, self.address, LEFT if self.left else ALIVE, self.incarnation))
 
     def tell(self, claim: Claim) -> None:
-        """Spread a claim."""
+        """Spread a claim, unless nothing of it is news to others."""
+        if self.hushed and claim.site != self.site:
+            return
         self.rumours.add(claim, self._pack(Rumour(claim)), len(self.roster) + 1)
 
     def jitter(self, delay_s: float) -> float:

@@ -170,7 +170,7 @@ class Reconciler:
 
     def _said(self, site: str) -> list[Message]:
         claim = self._claim(site)
-        return [] if claim is None else [Rumour(claim)]
+        return [] if claim is None else [Rumour(claim, news=False)]
 
     def _everything(self, sites: list[str]) -> list[Message]:
         """All about these sites, up to `ANSWER_BYTES`: each one's key and the claim that it proves first."""

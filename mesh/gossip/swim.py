@@ -228,6 +228,17 @@ class Swim:
         """Weigh a claim about anybody, from anybody."""
         self._verdicts.consider(claim, now)
 
+    def learn(self, claim: Claim, now: float) -> None:
+        """Weigh a claim that is news to us only: a member that others know is not told about again.
+
+        A mesh that starts all at once would otherwise hear of each member a dozen times from each other.
+        """
+        self._own.hushed = claim.state == ALIVE and claim.site not in self.peers
+        try:
+            self._verdicts.consider(claim, now)
+        finally:
+            self._own.hushed = False
+
     # ---------------------------------------------------------------- what the parts say to each other
 
     def _touch(self, site: str) -> None:
