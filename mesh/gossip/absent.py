@@ -26,13 +26,15 @@ from mesh.gossip.timers import Timer
 #: Absent sites remembered, and seeds.
 MAX_ABSENT = config.MAX_MEMBERS
 MAX_SEEDS = 256
-#: Least time between two calls: four a second, however many are absent; and between calls for which there is a reason.
-CALL_GAP_S = 0.25
+#: Least time between two calls: two a second, however many are absent; and between calls for which there is a reason.
+CALL_GAP_S = 0.5
 HINT_GAP_S = 0.05
 #: With very many absent each is called less often, so that all calls together settle at one a second.
 CALLED_EACH_S = 1.0
+#: Calls whose turn came late, because many are absent, are spaced by at least this share of the time since the loss.
+OLD_SHARE = 0.1
 #: Beyond so many members newcomers are not greeted: their number is what makes greetings expensive.
-MAX_GREETED = 64
+MAX_GREETED = 24
 
 
 class Known(NamedTuple):
@@ -51,6 +53,7 @@ class _Absent:
     claim: Claim
     refused_until_s: float
     delay_s: float
+    noted_s: float
     due_s: float = float("inf")
 
 
@@ -164,7 +167,7 @@ class Absentees:
         self.found(claim.site)
         while len(self._book) >= MAX_ABSENT:
             self.found(next(iter(self._book)))
-        absent = self._book[claim.site] = _Absent(claim, refuse_until_s, self._own.t.retry_first_s)
+        absent = self._book[claim.site] = _Absent(claim, refuse_until_s, self._own.t.retry_first_s, now)
         if claim.state == DEAD:
             self._calling += 1
             if not self._own.t.fixed:
@@ -202,7 +205,7 @@ class Absentees:
                 hinted = absent.delay_s == t.retry_first_s
                 self._open_s = now + (HINT_GAP_S if hinted else CALL_GAP_S)
                 most_s = max(t.retry_max_s, self._calling * CALLED_EACH_S)
-                absent.delay_s = min(most_s, absent.delay_s * t.retry_factor)
+                absent.delay_s = min(most_s, max(absent.delay_s * t.retry_factor, OLD_SHARE * (now - absent.noted_s)))
                 self._call_at(absent, now + own.jitter(absent.delay_s))
         self._set_alarm()
 

@@ -23,7 +23,7 @@ from mesh.gossip.codec import MAX_STREAM_MESSAGES, Codec, pack_message, pack_sen
 from mesh.gossip.config import MAX_MEMBERS, GossipConfig
 from mesh.gossip.fingerprint import Fingerprints, mark, name_hash
 from mesh.gossip.links import Links
-from mesh.gossip.members import ALIVE, LEFT, Claim, Member
+from mesh.gossip.members import ALIVE, LEFT, Claim, Member, Reach
 from mesh.gossip.messages import (
     Ack,
     Buckets,
@@ -363,6 +363,10 @@ class GossipCore:
     def known(self) -> list[Known]:
         """Whom to remember over a restart: everybody, ourselves and the forgotten included, sorted by name."""
         return self._swim.known()
+
+    def reach(self) -> dict[str, Reach]:
+        """Whether the direct path to every live site works, each way, as far as we can tell. Not to be changed."""
+        return {peer.site: peer.reach for peer in self._swim.live()}
 
     def members(self) -> tuple[Member, ...]:
         """Everybody known, ourselves included, sorted by name."""

@@ -111,7 +111,8 @@ class Peer:
     """Everything kept about one other site.
 
     `alive_s` is when we last had evidence of its life, directly or through a helper. `returns` counts how often it came
-    back from a death that was none. `acquitted` are accusers that our own check proved wrong, at this incarnation.
+    back from a death that was none. `acquitted` are accusers that our own check proved wrong, at this incarnation;
+    who was acquitted again and again is spared further suspicion until `spared_s`.
     """
 
     site: str
@@ -136,6 +137,8 @@ class Peer:
     guides: list[str] = field(default_factory=list)
     acquitted: set[str] = field(default_factory=set)
     acquitted_s: float = float("-inf")
+    acquittals: int = 0
+    spared_s: float = float("-inf")
 
     @property
     def live(self) -> bool:

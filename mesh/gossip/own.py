@@ -46,6 +46,7 @@ class Own:
         self.hushed = False
         self.taken_by: str | None = None
         self.health = 0
+        self.heard_s = float("-inf")
         self.t = settings.timing
         self.rng = settings.rng
         self.timers = timers

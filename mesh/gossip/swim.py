@@ -188,6 +188,7 @@ class Swim:
                 return True
             return sender.left  # a farewell to a stranger is answered all the same
         self.contacted = True
+        own.heard_s = now
         if direct:
             peer.reach.heard_s = now
         if peer.claim().beats(claim):

@@ -30,8 +30,14 @@ TELL_GAP_S = 0.5
 ACQUITTED_S = 10.0
 #: Beyond so many wrong accusers the others are not heard either: somebody makes them up.
 MAX_ACQUITTED = 16
-#: With clouded sight nobody is condemned before this silence, unless so many others have condemned it.
+#: A site that is acquitted again and again is on a bad path: after the n-th time in a row it is spared 2**n seconds, up
+#: to a bound. Its silence has then to last, and the mesh is spared the back and forth.
+SPARED_MAX_S = 30.0
+SPARED_FORGOTTEN_S = 120.0
+#: With clouded sight nobody is condemned before this silence, unless so many others have condemned it. The second holds
+#: where nobody at all was heard for a third of it: then we are deaf for a while, or really alone.
 CLOUDED_S = 60.0
+ALONE_S = 30.0
 CLOUDED_VERDICTS = 3
 #: Clouded sight is known only where there are helpers enough to judge it by.
 CLOUDED_LEAST = 4
@@ -160,6 +166,8 @@ class Verdicts:
             self._change(peer, claim._replace(state=ALIVE, accuser=""), now)
         if peer.state == DEAD or self._acquitted(peer, claim.accuser, now):
             return
+        if peer.state == ALIVE and now < peer.spared_s:
+            return
         if peer.state == SUSPECT:
             if peer.suspicion is not None and claim.state == DEAD and len(peer.suspicion.verdicts) < CLOUDED_VERDICTS:
                 peer.suspicion.verdicts.add(claim.accuser)
@@ -252,6 +260,11 @@ class Verdicts:
         if peer.state != SUSPECT or suspicion is None or self._own.t.fixed:
             return
         self._let_know(peer, now)
+        if now - peer.acquitted_s > SPARED_FORGOTTEN_S:
+            peer.acquittals = 0
+        peer.acquittals += 1
+        if peer.acquittals > 1:
+            peer.spared_s = now + min(SPARED_MAX_S, 2.0 ** min(peer.acquittals, 10))
         peer.acquitted |= suspicion.accusers - {self._own.site}
         peer.acquitted_s = now
         self._own.roster.set_state(peer, ALIVE)
@@ -261,7 +274,7 @@ class Verdicts:
     def silent(self, peer: Peer, now: float) -> None:
         """A whole probe of ours, helpers and all, found no sign of a peer's life."""
         own = self._own
-        if peer.state == ALIVE:
+        if peer.state == ALIVE and now >= peer.spared_s:
             self._change(peer, peer.claim(own.site)._replace(state=SUSPECT), now)
         if peer.state == SUSPECT and peer.suspicion is not None:
             peer.suspicion.checked = True
@@ -340,4 +353,5 @@ class Verdicts:
         if not self._own.clouded or len(self._own.roster.live()) < CLOUDED_LEAST:
             return False
         silent_s = now - max(peer.alive_s, suspicion.started_s)
-        return silent_s < CLOUDED_S and len(suspicion.verdicts) < CLOUDED_VERDICTS
+        patient_s = ALONE_S if now - self._own.heard_s > ALONE_S / 3 else CLOUDED_S
+        return silent_s < patient_s and len(suspicion.verdicts) < CLOUDED_VERDICTS
