@@ -1,7 +1,8 @@
 """Placements of published cases, found anew: `python -m benchmarks.placement CASE.json --seconds S --json`.
 
 CASE is one of Helix' cases (machines in regions, measured tokens/s by layers held). It prints the layout chosen, its
-maximum flow, the mean network time of a token on the way that waits least, the front between the two, and bounds.
+maximum flow, the mean network time of a token on the way that waits least, the front between the two, and a bound. Or
+it is DT-FM's file of cases (devices that train over regions): it prints the stages, their cost and the published cost.
 
 `--seed` and `--iterations` fix the answer; `--seconds` ends the search early, wherever it then stands.
 """
@@ -13,10 +14,12 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from benchmarks import placement_dtfm
 from benchmarks.placement_case import CaseError, parse_case, read_document
 from mesh.cli.tables import say, table
 from mesh.errors import MeshError
@@ -48,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _solved(options: argparse.Namespace, document: dict[str, Any]) -> dict[str, Any]:
     if "device_profiles" in document or "nodes" in document:
         return helix(document, seconds=options.seconds, seed=options.seed, iterations=options.iterations)
-    raise CaseError("$: not a known case: Helix' have nodes, links and device_profiles")
+    if "cases" in document or "job" in document:
+        return dtfm(document, seconds=options.seconds, seed=options.seed)
+    raise CaseError("$: not a known case: Helix' have nodes, links and device_profiles, DT-FM's job and cases")
 
 
 def helix(document: dict[str, Any], *, seconds: float, seed: int = 0, iterations: int = ITERATIONS) -> dict[str, Any]:
@@ -56,9 +61,9 @@ def helix(document: dict[str, Any], *, seconds: float, seed: int = 0, iterations
     began = time.monotonic()
     case = parse_case(document)
     pool = case.pool()
-    deadline = began + seconds * (1 - CLOSING_SHARE)
+    stop = partial(_past, began + seconds * (1 - CLOSING_SHARE))
     try:
-        found = place(pool, rng=Random(seed), iterations=iterations, stop=lambda: time.monotonic() >= deadline)
+        found = place(pool, rng=Random(seed), iterations=iterations, stop=stop)
     except TopologyError as error:
         raise CaseError(f"$.nodes: {error}") from None
     most = found.front[-1]
@@ -77,6 +82,31 @@ def helix(document: dict[str, Any], *, seconds: float, seed: int = 0, iterations
         "layouts_measured": found.tried,
     }
     return answer
+
+
+def dtfm(document: dict[str, Any], *, seconds: float, seed: int = 0) -> dict[str, Any]:
+    """The answer for DT-FM's cases, as a document. Costs are seconds an iteration. Raises CaseError."""
+    began = time.monotonic()
+    parsed = placement_dtfm.parse(document)
+    cases = []
+    for number, world in enumerate(parsed.cases, start=1):
+        stop = partial(_past, began + seconds * number / len(parsed.cases))
+        found = placement_dtfm.search(world, parsed.job, rng=Random(seed), stop=stop)
+        cases.append(
+            {
+                "name": world.name,
+                "cost_s": found.total_s,
+                "data_parallel_s": found.data_parallel_s,
+                "pipeline_s": found.pipeline_s,
+                "published_cost_s": placement_dtfm.published_s(world),
+                "stages": placement_dtfm.devices(world, found),
+            }
+        )
+    return {"case": parsed.case, "cases": cases, "seconds": round(time.monotonic() - began, 3), "seed": seed}
+
+
+def _past(deadline: float) -> bool:
+    return time.monotonic() >= deadline
 
 
 def _placement(placement: Placement) -> dict[str, Any]:
@@ -103,6 +133,14 @@ def _why(chosen: Placement, most: Placement) -> str:
 
 
 def _show(answer: dict[str, Any]) -> None:
+    if "cases" in answer:
+        say(f"{answer['case']}: searched {answer['seconds']:.1f} s; seconds of communication an iteration")
+        keys = ("cost_s", "published_cost_s", "data_parallel_s", "pipeline_s")
+        rows = [
+            [case["name"], *("-" if case[k] is None else f"{case[k]:.3f}" for k in keys)] for case in answer["cases"]
+        ]
+        table(["case", "found", "published", "of it data parallel", "of it pipeline"], rows)
+        return
     say(f"{answer['case']}: {answer['why']}")
     say(f"bound {answer['bound_tokens_per_s']:.1f} tokens/s; searched {answer['seconds']:.1f} s")
     table(

@@ -36,6 +36,9 @@ HALVINGS: Final = 9
 #: The integer program need not be proved best: what it finds is improved on anyway. Nodes, not seconds, so that equal
 #: questions have equal answers.
 NODE_LIMIT: Final = 200
+#: Of them, those that go into the program: inside a region, and for each pair of sizes at an end of it.
+INSIDE: Final = 120
+ENDS: Final = 12
 #: More groups than a region ever has.
 _MANY: Final = 1000
 
@@ -64,6 +67,16 @@ class Group:
     def size(self) -> int:
         """Machines in it."""
         return sum(count for _, count in self.counts)
+
+
+@dataclass(frozen=True, slots=True)
+class _Option:
+    """A group at a place in the order; sizes of the groups it faces in the regions before and after, or 0."""
+
+    place: int
+    group: Group
+    before: int
+    after: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,81 +186,110 @@ class Chains:
                 best, low, reached = groups, middle, middle
         return None if best is None else self._named(order, best, reached)
 
-    def _kinds(self, region: int, flow: float) -> list[Group]:
-        """Every kind of group in a region that passes `flow`, with as many layers as it can, none too large."""
+    def _kinds(self, region: int) -> list[Counter[int]]:
+        """Every kind of group in a region, none too large."""
         counts = Counter(self._kind[i] for i in self.regions[region])
         size = LARGEST_GROUP
         while size > 1 and math.comb(len(counts) + size, size) > KINDS:
             size -= 1
-        found: list[Group] = []
-        for members in range(1, size + 1):
-            for chosen in itertools.combinations_with_replacement(sorted(counts), members):
-                group = Counter(chosen)
-                if any(count > counts[kind] for kind, count in group.items()):
-                    continue
-                layers = self._holds(group, flow)
-                least = min(group, key=lambda kind: self._rates[kind][0] if self._rates[kind] else 0.0)
-                if layers and (members == 1 or self._holds(group - Counter([least]), flow) < layers):
-                    found.append(Group(tuple(sorted(group.items())), layers))
-        return found
+        chosen = (
+            Counter(members)
+            for number in range(1, size + 1)
+            for members in itertools.combinations_with_replacement(sorted(counts), number)
+        )
+        return [group for group in chosen if all(count <= counts[kind] for kind, count in group.items())]
 
-    def _holds(self, group: Counter[int], flow: float) -> int:
-        if not group:
-            return 0
-        most = min(len(self._rates[kind]) for kind in group)
+    def _holds(self, group: Counter[int], flow: float, limit: float = math.inf) -> int:
+        """The most layers with which a group passes `flow` where each machine's wires carry `limit`; 0 for none."""
+        most = min((len(self._rates[kind]) for kind in group), default=0)
         passing = (
             k
             for k in range(most, 0, -1)
-            if math.fsum(n * self._rates[kind][k - 1] for kind, n in group.items()) >= flow
+            if math.fsum(n * min(self._rates[kind][k - 1], limit) for kind, n in group.items()) >= flow
         )
         return next(passing, 0)
+
+    def _options(self, order: Sequence[int], flow: float) -> list[_Option]:
+        """Groups by the part they take: inside a region, first of it, last of it, or (in small regions) both."""
+        found: list[_Option] = []
+        for place, region in enumerate(order):
+            come = self._pairs(order[place - 1], region, flow) if place > 0 else []
+            go = self._pairs(region, order[place + 1], flow) if place < len(order) - 1 else []
+            for group in self._kinds(region):
+                held = self._holds(group, flow)
+                if not held:
+                    continue
+                size = group.total()
+                counts = tuple(sorted(group.items()))
+                # Inside a region a machine more must hold a layer more; at its ends it may be there for its wires.
+                least = min(group, key=lambda kind: self._rates[kind][0])
+                if size == 1 or self._holds(group - Counter([least]), flow) < held:
+                    found.append(_Option(place, Group(counts, held), 0, 0))
+                before = [(p, self._capacity[order[place - 1], region]) for p, q in come if q == size]
+                after = [(q, self._capacity[region, order[place + 1]]) for p, q in go if p == size]
+                ways: list[tuple[int, int, float]] = [(p, 0, p * wire) for p, wire in before]
+                ways += [(0, q, q * wire) for q, wire in after]
+                if len(self.regions[region]) <= LARGEST_GROUP:
+                    ways += [(p, q, min(p * a, q * b)) for p, a in before for q, b in after]
+                for p, q, limit in ways:
+                    if layers := self._holds(group, flow, limit):
+                        found.append(_Option(place, Group(counts, layers), p, q))
+        return self._thrifty(found, flow)
+
+    def _thrifty(self, options: list[_Option], flow: float) -> list[_Option]:
+        """Of the options of each part those that waste least of what their machines could do at this flow."""
+        worth = [max((k * min(rate, flow) for k, rate in enumerate(rates, 1)), default=0.0) for rates in self._rates]
+        parts: dict[tuple[int, int, int, int], list[_Option]] = {}
+        for option in options:
+            size = option.group.size if option.before or option.after else 0
+            parts.setdefault((option.place, option.before, option.after, size), []).append(option)
+
+        def waste(option: _Option) -> float:
+            return math.fsum(n * worth[kind] for kind, n in option.group.counts) / option.group.layers
+
+        return [
+            option
+            for (_, before, after, _), found in parts.items()
+            for option in sorted(found, key=waste)[: ENDS if before or after else INSIDE]
+        ]
+
+    def _pairs(self, a: int, b: int, flow: float) -> list[tuple[int, int]]:
+        """Sizes of the groups at both ends of a crossing whose wires carry `flow`."""
+        sizes = range(1, LARGEST_GROUP + 1)
+        return [(p, q) for p in sizes for q in sizes if p * q * self._capacity[a, b] >= flow]
 
     def _grouped(self, order: Sequence[int], flow: float) -> list[list[Group]] | None:
         """Groups of each region in the order of their stages, or None where they do not hold all layers."""
         program = _Program()
-        # Every group takes one of four parts: inside, first of its region, last of it, or both.
-        parts: list[tuple[int, Group, str, int]] = []
+        options = [(option, program.variable(option.group.layers)) for option in self._options(order, flow)]
         for place, region in enumerate(order):
-            wanted = ["inside"]
-            if place > 0:
-                wanted.append("first")
-            if place < len(order) - 1:
-                wanted.append("last")
-            if 0 < place < len(order) - 1:
-                wanted.append("both")
-            for group in self._kinds(region, flow):
-                parts += [(place, group, part, program.variable(group.layers)) for part in wanted]
-        for place, region in enumerate(order):
+            here = [(option, v) for option, v in options if option.place == place]
             for kind, count in Counter(self._kind[i] for i in self.regions[region]).items():
-                takes = [(v, dict(g.counts).get(kind, 0)) for p, g, _, v in parts if p == place]
-                program.constrain(takes, -math.inf, count)
+                program.constrain([(v, dict(o.group.counts).get(kind, 0)) for o, v in here], -math.inf, count)
+            if place > 0:
+                program.constrain([(v, 1) for o, v in here if o.before], 1, 1)
+            if place < len(order) - 1:
+                program.constrain([(v, 1) for o, v in here if o.after], 1, 1)
             # A group that is both the first and the last of its region is the only one there.
-            inside = [(v, 1) for p, _, t, v in parts if p == place and t == "inside"]
-            both = [(v, _MANY) for p, _, t, v in parts if p == place and t == "both"]
+            inside = [(v, 1) for o, v in here if not o.before and not o.after]
+            both = [(v, _MANY) for o, v in here if o.before and o.after]
             program.constrain([*inside, *both], -math.inf, _MANY)
         for place, (a, b) in enumerate(itertools.pairwise(order)):
-            sizes = range(1, LARGEST_GROUP + 1)
-            wide = [(p, q) for p in sizes for q in sizes if p * q * self._capacity[a, b] >= flow]
-            pairs = [(p, q, program.variable(0.0, most=1)) for p, q in wide]
-            program.constrain([(v, 1) for _, _, v in pairs], 1, 1)
-            for size in sizes:
-                leaving = [(v, 1) for p, g, t, v in parts if p == place and t in ("last", "both") and g.size == size]
-                program.constrain([*leaving, *((v, -1) for p, _, v in pairs if p == size)], 0, 0)
-                coming = [
-                    (v, 1) for p, g, t, v in parts if p == place + 1 and t in ("first", "both") and g.size == size
-                ]
-                program.constrain([*coming, *((v, -1) for _, q, v in pairs if q == size)], 0, 0)
+            for p, q in self._pairs(a, b, flow):
+                going = [(v, 1) for o, v in options if o.place == place and (o.group.size, o.after) == (p, q)]
+                coming = [(v, -1) for o, v in options if o.place == place + 1 and (o.before, o.group.size) == (p, q)]
+                program.constrain([*going, *coming], 0, 0)
+        program.constrain([(v, option.group.layers) for option, v in options], self.pool.layers, math.inf)
         chosen = program.solve()
         if chosen is None:
             return None
         found: list[list[Group]] = []
         for place in range(len(order)):
-            stages: list[Group] = []
-            for part in ("first", "both", "inside", "last"):
-                stages += [g for p, g, t, v in parts if p == place and t == part for _ in range(round(chosen[v]))]
-            found.append(stages)
-        held = sum(group.layers for stages in found for group in stages)
-        return found if held >= self.pool.layers and all(found) else None
+            taken = [option for option, v in options if option.place == place for _ in range(round(chosen[v]))]
+            # First the group that tokens come in by, last the one they leave by.
+            taken.sort(key=lambda option: (not option.before, bool(option.after)))
+            found.append([option.group for option in taken])
+        return found if all(found) else None
 
     def _named(self, order: Sequence[int], groups: list[list[Group]], flow: float) -> Chain:
         """Machines for the groups; too many layers are taken back where least passes, machines left over help there."""
@@ -307,6 +349,6 @@ class _Program:
             constraints=limits,
             integrality=np.ones(len(self._gains), dtype=np.int64),
             bounds=Bounds(0, np.array(self._most)),
-            options={"node_limit": NODE_LIMIT},
+            options={"node_limit": NODE_LIMIT, "mip_rel_gap": 1.0},
         )
         return None if answer.x is None else [float(value) for value in answer.x]

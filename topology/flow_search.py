@@ -36,6 +36,8 @@ SMOOTH: Final = 0.05
 _SHARPNESS: Final = 6
 #: Share of the proposals for layouts whose tokens never leave a region, where a region can hold the model.
 APART: Final = 0.25
+#: Share of the most flow that may be given up for less network time.
+SLACK: Final = 0.05
 #: Points of the front, at most; they are spread over it.
 FRONT: Final = 16
 
@@ -235,16 +237,16 @@ def _answer(search: _Search, layouts: Sequence[Ranges]) -> Placements:
 
 
 def choose(front: Sequence[Placement]) -> Placement:
-    """The most flow, unless staying within regions has the better power.
+    """Nearly the most flow, unless staying within regions has the better power.
 
     Power is throughput over delay (Kleinrock, 1979): leaving a region is worth it where it gains more flow, in
-    proportion, than it adds network time. Once tokens do cross, the most flow is taken.
+    proportion, than it adds network time. Once tokens do cross, the most flow is taken, but for the last `SLACK` of it,
+    which may cost as much time as all the rest.
     """
-    most = front[-1]
+    most = front[-1].gives.tokens_per_s
+    crossed = max((p for p in front if p.gives.tokens_per_s >= (1 - SLACK) * most), key=_power)
     staying = [placement for placement in front if placement.crossing_tokens_per_s == 0]
-    if staying and _power(staying[-1]) >= _power(most):
-        return staying[-1]
-    return most
+    return staying[-1] if staying and _power(staying[-1]) >= _power(crossed) else crossed
 
 
 def _power(placement: Placement) -> float:

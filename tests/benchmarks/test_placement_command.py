@@ -158,3 +158,64 @@ def test_what_is_no_case_is_refused_in_one_line(text: str, tmp_path: Path, capsy
 def test_a_missing_file_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert placement.main([str(tmp_path / "none.json")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def training(groups: list[Any], delay: list[list[float]], bandwidth: list[list[float]]) -> dict[str, Any]:
+    world = {
+        "name": "w",
+        "groups": groups,
+        "delay_ms_by_group_pair": delay,
+        "bandwidth_gbit_s_by_group_pair": bandwidth,
+        "derived_scheduler_cost_s": {"gcma": {"cost": [1.0, 2.0, 3.0]}},
+    }
+    return {"case": "d", "job": {"pipeline_stages": 2, "data_parallel": 2}, "cases": [world]}
+
+
+def test_training_stages_keep_fast_links_where_they_carry_most(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two regions of two devices: activations weigh less here than gradients, or more, by degree and bandwidth."""
+    case = training([["a", 2], ["b", 2]], [[1, 10], [10, 1]], [[10, 1], [1, 10]])
+    code, out, _ = run(case, tmp_path, capsys, "--json")
+    assert code == 0
+    found = json.loads(out)["cases"][0]
+    gradient_gb, activation_gb = 0.65, 2024 * 2048 * 2 * (1.25e5 / 2048) / 2**30
+
+    def cost(exchange: tuple[float, float], hop: tuple[float, float]) -> float:
+        dp = 2 * (exchange[0] / 1e3 + gradient_gb * 8 / (exchange[1] * 2))
+        return dp + 2 * (hop[0] / 1e3 + activation_gb * 8 / hop[1])
+
+    best = min(cost((1, 10), (10, 1)), cost((10, 1), (1, 10)))
+    assert found["cost_s"] == pytest.approx(best)
+    assert found["published_cost_s"] == 3.0
+    assert sorted(device for stage in found["stages"] for device in stage) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("case", "place"),
+    [
+        (training([["a", 2], ["b", 1]], [[1, 10], [10, 1]], [[10, 1], [1, 10]]), "$.cases[0].groups"),
+        (training([["a", 2], ["b", 2]], [[1, 10]], [[10, 1], [1, 10]]), "$.cases[0]"),
+        (training([["a", 2], ["b", 2]], [[1, 10], [10, 1]], [[10, 0], [1, 10]]), "$.cases[0].bandwidth_gbit_s_by_"),
+        ({"job": {"pipeline_stages": 2}, "cases": []}, "$.job.data_parallel"),
+        ({"job": {"pipeline_stages": 2, "data_parallel": 2}}, "$.cases"),
+    ],
+)
+def test_a_mistake_in_a_training_case_is_named(
+    case: Any, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(case, tmp_path, capsys)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert f"case.json: {place}" in err
+
+
+def test_the_published_training_cases_cost_no_more_than_the_published_search(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = Path(__file__).parents[2] / ".." / "shared" / "data" / "placement" / "dtfm_64gpu.json"
+    if not path.exists():
+        pytest.skip("needs ../shared/data, figures of others that are not part of the project")
+    assert placement.main([str(path), "--json", "--seconds", "30"]) == 0
+    for case in json.loads(capsys.readouterr().out)["cases"]:
+        assert case["cost_s"] <= case["published_cost_s"] + 1e-9
