@@ -103,6 +103,9 @@ class _Honest(Prover):
     def verify(self, site: str, message: bytes, proof: bytes) -> bool:
         return proof == site.encode()
 
+    def knows(self, site: str) -> bool:
+        return True
+
 
 def test_nobody_raises_the_incarnation_of_another_or_moves_it_or_says_its_farewell():
     from mesh.gossip.config import GossipConfig
