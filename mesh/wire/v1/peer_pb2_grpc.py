@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from mesh.wire.v1 import identity_pb2 as mesh_dot_wire_dot_v1_dot_identity__pb2
 from mesh.wire.v1 import peer_pb2 as mesh_dot_wire_dot_v1_dot_peer__pb2
 
 GRPC_GENERATED_VERSION = '1.85.1'
@@ -74,6 +75,16 @@ class PeerStub:
                 request_serializer=mesh_dot_wire_dot_v1_dot_peer__pb2.EventsRequest.SerializeToString,
                 response_deserializer=mesh_dot_wire_dot_v1_dot_peer__pb2.WorkerEvent.FromString,
                 _registered_method=True)
+        self.Gossip = channel.unary_unary(
+                '/mesh.wire.v1.Peer/Gossip',
+                request_serializer=mesh_dot_wire_dot_v1_dot_identity__pb2.Packet.SerializeToString,
+                response_deserializer=mesh_dot_wire_dot_v1_dot_identity__pb2.Packet.FromString,
+                _registered_method=True)
+        self.Keys = channel.unary_unary(
+                '/mesh.wire.v1.Peer/Keys',
+                request_serializer=mesh_dot_wire_dot_v1_dot_peer__pb2.KeysRequest.SerializeToString,
+                response_deserializer=mesh_dot_wire_dot_v1_dot_identity__pb2.Packet.FromString,
+                _registered_method=True)
 
 
 class PeerServicer:
@@ -136,6 +147,20 @@ class PeerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Gossip(self, request, context):
+        """gossip's reliable path: a second way to probe, and large exchanges
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Keys(self, request, context):
+        """the gossip keys, for a member that learnt of newer ones
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PeerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -178,6 +203,16 @@ def add_PeerServicer_to_server(servicer, server):
                     servicer.Events,
                     request_deserializer=mesh_dot_wire_dot_v1_dot_peer__pb2.EventsRequest.FromString,
                     response_serializer=mesh_dot_wire_dot_v1_dot_peer__pb2.WorkerEvent.SerializeToString,
+            ),
+            'Gossip': grpc.unary_unary_rpc_method_handler(
+                    servicer.Gossip,
+                    request_deserializer=mesh_dot_wire_dot_v1_dot_identity__pb2.Packet.FromString,
+                    response_serializer=mesh_dot_wire_dot_v1_dot_identity__pb2.Packet.SerializeToString,
+            ),
+            'Keys': grpc.unary_unary_rpc_method_handler(
+                    servicer.Keys,
+                    request_deserializer=mesh_dot_wire_dot_v1_dot_peer__pb2.KeysRequest.FromString,
+                    response_serializer=mesh_dot_wire_dot_v1_dot_identity__pb2.Packet.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -396,6 +431,60 @@ class Peer:
             '/mesh.wire.v1.Peer/Events',
             mesh_dot_wire_dot_v1_dot_peer__pb2.EventsRequest.SerializeToString,
             mesh_dot_wire_dot_v1_dot_peer__pb2.WorkerEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Gossip(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.wire.v1.Peer/Gossip',
+            mesh_dot_wire_dot_v1_dot_identity__pb2.Packet.SerializeToString,
+            mesh_dot_wire_dot_v1_dot_identity__pb2.Packet.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Keys(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.wire.v1.Peer/Keys',
+            mesh_dot_wire_dot_v1_dot_peer__pb2.KeysRequest.SerializeToString,
+            mesh_dot_wire_dot_v1_dot_identity__pb2.Packet.FromString,
             options,
             channel_credentials,
             insecure,

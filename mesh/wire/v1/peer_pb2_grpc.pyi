@@ -5,6 +5,7 @@ What the owner of a job asks of the peers that serve it. Tensors never travel he
 
 from collections import abc as _abc
 from grpc import aio as _aio
+from mesh.wire.v1 import identity_pb2 as _identity_pb2
 from mesh.wire.v1 import peer_pb2 as _peer_pb2
 import abc as _abc_1
 import grpc as _grpc
@@ -49,6 +50,10 @@ class PeerStub:
     """end a job owned there that has to give way; returns when it has"""
     Events: _grpc.UnaryStreamMultiCallable[_peer_pb2.EventsRequest, _peer_pb2.WorkerEvent]
     """what the job's workers on this peer report"""
+    Gossip: _grpc.UnaryUnaryMultiCallable[_identity_pb2.Packet, _identity_pb2.Packet]
+    """gossip's reliable path: a second way to probe, and large exchanges"""
+    Keys: _grpc.UnaryUnaryMultiCallable[_peer_pb2.KeysRequest, _identity_pb2.Packet]
+    """the gossip keys, for a member that learnt of newer ones"""
 
 @_typing.type_check_only
 class PeerAsyncStub(PeerStub):
@@ -71,6 +76,10 @@ class PeerAsyncStub(PeerStub):
     """end a job owned there that has to give way; returns when it has"""
     Events: _aio.UnaryStreamMultiCallable[_peer_pb2.EventsRequest, _peer_pb2.WorkerEvent]  # type: ignore[assignment]
     """what the job's workers on this peer report"""
+    Gossip: _aio.UnaryUnaryMultiCallable[_identity_pb2.Packet, _identity_pb2.Packet]  # type: ignore[assignment]
+    """gossip's reliable path: a second way to probe, and large exchanges"""
+    Keys: _aio.UnaryUnaryMultiCallable[_peer_pb2.KeysRequest, _identity_pb2.Packet]  # type: ignore[assignment]
+    """the gossip keys, for a member that learnt of newer ones"""
 
 class PeerServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -138,5 +147,21 @@ class PeerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_peer_pb2.WorkerEvent], _abc.AsyncIterator[_peer_pb2.WorkerEvent]]:
         """what the job's workers on this peer report"""
+
+    @_abc_1.abstractmethod
+    def Gossip(
+        self,
+        request: _identity_pb2.Packet,
+        context: _ServicerContext,
+    ) -> _typing.Union[_identity_pb2.Packet, _abc.Awaitable[_identity_pb2.Packet]]:
+        """gossip's reliable path: a second way to probe, and large exchanges"""
+
+    @_abc_1.abstractmethod
+    def Keys(
+        self,
+        request: _peer_pb2.KeysRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_identity_pb2.Packet, _abc.Awaitable[_identity_pb2.Packet]]:
+        """the gossip keys, for a member that learnt of newer ones"""
 
 def add_PeerServicer_to_server(servicer: PeerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
