@@ -12,6 +12,7 @@ import grpc
 
 from mesh.client.address import resolve
 from mesh.client.channel import ASK_S, CANCEL_S, IDLE_S, PLAN_S, WAIT_S, Connection
+from mesh.client.credentials import for_user
 from mesh.client.errors import silent
 from mesh.client.handle import Handle, checked_end, watch_ended
 from mesh.client.options import Options, Prompt, generate_request
@@ -35,12 +36,14 @@ if TYPE_CHECKING:
     from topology.snapshot import Snapshot
 
 
-def connect(address: str | None = None) -> Mesh:
+def connect(address: str | None = None, *, token: str | None = None) -> Mesh:
     """A client of the peer at `address` (`HOST:PORT`; None: `$MESH_PEER`, else 127.0.0.1:7700).
 
-    Asks the peer for a sign of life. Raises PeerUnreachable where nobody answers, ConfigError for a malformed address.
+    `token` is what `mesh token` printed, or a file that holds it (None: `$MESH_TOKEN`, else what a peer of this account
+    left on this machine). Asks the peer for a sign of life. Raises PeerUnreachable where nobody answers, ConfigError for
+    a malformed address or token, Unauthenticated where the peer does not take the token.
     """
-    mesh = Mesh(address)
+    mesh = Mesh(address, token=token)
     try:
         mesh.status()
     except BaseException:
@@ -55,16 +58,19 @@ def submit(
     constraints: Mapping[str, Any] | Constraints | None = None,
     *,
     peer: str | None = None,
+    token: str | None = None,
 ) -> Job:
     """Submit `model` to the peer at `peer`: `connect(peer).submit(...)`. Use `Job.wait` to wait until it is loaded."""
-    return Mesh(peer).submit(model, strategy, constraints)
+    return Mesh(peer, token=token).submit(model, strategy, constraints)
 
 
 class Mesh:
     """The mesh, as one of its peers sees it. Connects at the first call; a context manager that closes."""
 
-    def __init__(self, address: str | None = None) -> None:
-        self._connection = Connection(resolve(address))
+    def __init__(self, address: str | None = None, *, token: str | None = None) -> None:
+        """See `connect`."""
+        where = resolve(address)
+        self._connection = Connection(where, for_user(token, where))
 
     @property
     def address(self) -> str:

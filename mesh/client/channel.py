@@ -14,6 +14,8 @@ from mesh.wire.v1 import mesh_pb2_grpc
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from mesh.client.credentials import Credentials
+
 # A peer that stops makes gRPC's core write lines of its own to our user's stderr. Read when the first channel opens.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
@@ -43,12 +45,18 @@ _CHANNEL_OPTIONS: list[tuple[str, Any]] = [
 
 
 class Connection:
-    """A channel to the peer at `address`. Opening does no I/O; the first call connects."""
+    """A channel to the peer at `address`. Opening does no I/O; the first call connects.
 
-    def __init__(self, address: str) -> None:
+    Without `credentials` it is plain, as peers without an identity are, on loopback.
+    """
+
+    def __init__(self, address: str, credentials: Credentials | None = None) -> None:
         self.address = address
         self._closed = False
-        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        if credentials is None:
+            self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        else:
+            self._channel = credentials.channel(address, _CHANNEL_OPTIONS)
         self.stub = mesh_pb2_grpc.MeshStub(self._channel)
 
     def close(self) -> None:

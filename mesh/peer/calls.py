@@ -10,10 +10,11 @@ import grpc
 
 from mesh.client.bridge import Messages, unary
 from mesh.client.channel import Connection
+from mesh.client.credentials import Credentials
 from mesh.errors import PeerUnreachable
 from mesh.jobs.deploy import CONNECT_DEADLINE_S, DISPLACE_DEADLINE_S, PREPARE_DEADLINE_S
 from mesh.jobs.peers import Progress
-from mesh.wire.v1 import peer_pb2, peer_pb2_grpc
+from mesh.wire.v1 import identity_pb2, peer_pb2, peer_pb2_grpc
 
 M = TypeVar("M")
 
@@ -24,8 +25,8 @@ CALL_DEADLINE_S = 10.0
 class RemotePeer(Connection):
     """The calls of the peer at `address`. Raises PeerUnreachable when nobody answers there."""
 
-    def __init__(self, address: str) -> None:
-        super().__init__(address)
+    def __init__(self, address: str, credentials: Credentials | None = None) -> None:
+        super().__init__(address, credentials)
         self._peer = peer_pb2_grpc.PeerStub(self._channel)
 
     async def prepare(self, request: peer_pb2.PrepareRequest, progress: Progress) -> dict[str, bytes]:
@@ -64,6 +65,16 @@ class RemotePeer(Connection):
     async def ping(self, timeout_s: float) -> None:
         """See `PeerCalls.ping`."""
         await unary(self, self._peer.Ping, peer_pb2.Done(), "ping", timeout_s)
+
+    async def gossip(self, data: bytes, timeout_s: float) -> bytes:
+        """One request of gossip's reliable path, and its answer."""
+        answer = await unary(self, self._peer.Gossip, identity_pb2.Packet(data=data), "gossip", timeout_s)
+        return bytes(answer.data)
+
+    async def keys(self, version: int) -> bytes:
+        """The gossip keys up to `version`, as this peer's cluster keeps them."""
+        answer = await unary(self, self._peer.Keys, peer_pb2.KeysRequest(version=version), "keys", CALL_DEADLINE_S)
+        return bytes(answer.data)
 
     @asynccontextmanager
     async def events(self, request: peer_pb2.EventsRequest) -> AsyncIterator[AsyncIterator[peer_pb2.WorkerEvent]]:

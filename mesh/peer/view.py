@@ -35,11 +35,16 @@ class Gossip(Protocol):
     def entries(self, key: str) -> Mapping[str, Any]: ...
 
 
+def plain(site: str, address: str) -> RemotePeer:
+    """A connection between peers without identities."""
+    return RemotePeer(address)
+
+
 class MeshView:
     """One peer's picture of the mesh. `local` are the calls of this peer itself, which need no network."""
 
     def __init__(
-        self, site: str, gossip: Gossip, local: PeerCalls, dial: Callable[[str], RemotePeer] = RemotePeer
+        self, site: str, gossip: Gossip, local: PeerCalls, dial: Callable[[str, str], RemotePeer] = plain
     ) -> None:
         self.site = site
         self._gossip = gossip
@@ -100,7 +105,7 @@ class MeshView:
         if known is None or known.address != address:
             if known is not None:
                 known.close()
-            known = self._peers[site] = self._dial(address)
+            known = self._peers[site] = self._dial(site, address)
         return known
 
     def close(self) -> None:
