@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 def connect(address: str | None = None, *, token: str | None = None) -> Mesh:
     """A client of the peer at `address` (`HOST:PORT`; None: `$MESH_PEER`, else 127.0.0.1:7700).
 
-    `token` is what `mesh token` printed, or a file that holds it (None: `$MESH_TOKEN`, else what a peer of this account
-    left on this machine). Asks the peer for a sign of life. Raises PeerUnreachable where nobody answers, ConfigError for
-    a malformed address or token, Unauthenticated where the peer does not take the token.
+    `token` is an access token or a file with one (None: `$MESH_TOKEN`, else what a peer of this account left on this
+    machine). Asks the peer for a sign of life. Raises PeerUnreachable where nobody answers, ConfigError for a malformed
+    address, IdentityError for a token that is none or that the peer does not take.
     """
     mesh = Mesh(address, token=token)
     try:

@@ -1,9 +1,9 @@
 """How a client proves itself to a peer, and how it knows that it talks to the right one.
 
 A peer with an identity serves TLS under a certificate of its cluster's authority. A client needs the authority's
-certificate to check that, and something to show for itself: a user has both in one line of text, the token; a peer
-signs an assertion for the peer it calls. Without credentials a connection is plain, which only peers without an identity
-answer, on loopback.
+certificate to check that, and something to show for itself: a user has both in one line of text, an access token; a
+peer signs an assertion for the peer it calls. Without credentials a connection is plain: peers without an identity
+answer it, on loopback.
 """
 
 from __future__ import annotations
@@ -18,11 +18,14 @@ import grpc
 import platformdirs
 
 from mesh.errors import ConfigError
-from mesh.identity import EVERY_SITE, access_from_text
 
-#: Where a peer leaves a token for the users of its own machine account, in its data directory.
-TOKEN_FILE = "identity/local.token"
-MAX_TOKEN_BYTES = 16 << 10
+#: Where a peer leaves an access token for users of its own account, in its data directory, and for which address.
+LOCAL_TOKEN, LOCAL_ADDRESS = "identity/local.token", "identity/local.address"
+#: The name in every site's certificate: `mesh.identity.certificate.COMMON_NAME`, without importing cryptography here.
+EVERY_SITE = "peer.isthmus"
+#: The key of a call's proof in its metadata.
+AUTHORIZATION = "authorization"
+_MAX_TOKEN_BYTES = 16 << 10
 
 
 @dataclass(frozen=True)
@@ -40,55 +43,55 @@ class Credentials:
         """A TLS channel that carries the proof with each call."""
         tls = grpc.ssl_channel_credentials(root_certificates=self.authority)
         calls = grpc.metadata_call_credentials(_Proof(self.proof))
-        return grpc.secure_channel(
-            address,
-            grpc.composite_channel_credentials(tls, calls),
-            options=[*options, ("grpc.ssl_target_name_override", self.server)],
-        )
+        both = grpc.composite_channel_credentials(tls, calls)
+        return grpc.secure_channel(address, both, options=[*options, ("grpc.ssl_target_name_override", self.server)])
 
 
-class _Proof(grpc.AuthMetadataPlugin):  # type: ignore[misc, unused-ignore]
+class _Proof(grpc.AuthMetadataPlugin):
     def __init__(self, proof: Callable[[], str]) -> None:
         self._proof = proof
 
     def __call__(self, context: grpc.AuthMetadataContext, callback: grpc.AuthMetadataPluginCallback) -> None:
         try:
-            callback((("authorization", self._proof()),), None)
-        except Exception as error:
+            metadata = ((AUTHORIZATION, self._proof()),)
+        except Exception as error:  # gRPC wants it here: the call then fails with it
             callback((), error)
+        else:
+            callback(metadata, None)
 
 
 def for_user(token: str | None, address: str) -> Credentials | None:
-    """The credentials of a user: an argument, else `$MESH_TOKEN`, else what a peer of this machine left for us.
+    """The credentials of a user: an argument, else `$MESH_TOKEN`, else what a peer of this account left for us.
 
-    Each of the first two is a token or the path of a file that holds one. None where there is none: a plain
-    connection. Raises ConfigError for a token that is none.
+    Each of the first two is an access token or the path of a file that holds one. None where there is none: a plain
+    connection. Raises ConfigError for a file that cannot be read, IdentityError for what is no access token.
     """
     for key, text in (("token", token), ("MESH_TOKEN", os.environ.get("MESH_TOKEN"))):
-        if text:
-            return _parsed(key, text)
+        if text and text.strip():
+            return _from_text(key, text.strip())
     path = _left_for_us(address)
-    return _parsed(str(path), str(path)) if path is not None else None
+    return None if path is None else _from_text("local token", str(path))
 
 
-def _parsed(key: str, text: str) -> Credentials:
-    text = text.strip()
-    if len(text) < 4096 and (os.sep in text or text.endswith(".token")):
+def _from_text(key: str, text: str) -> Credentials:
+    from mesh.identity.access import PREFIX, Access
+
+    if not text.startswith(PREFIX):
         try:
-            text = Path(text).expanduser().read_text("ascii")[:MAX_TOKEN_BYTES].strip()
+            with Path(text).expanduser().open("r", encoding="ascii") as file:
+                text = file.read(_MAX_TOKEN_BYTES).strip()
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{key}: the token file cannot be read ({error}); name one that can") from None
-    access = access_from_text(text)  # raises ConfigError
-    return Credentials(access.authority_pem, lambda: access.token)
+            raise ConfigError(f"{key}: neither an access token nor a file with one ({error})") from None
+    access = Access.parse(text)
+    return Credentials(access.anchor.pem, lambda: access.proof)
 
 
 def _left_for_us(address: str) -> Path | None:
-    """The token of the peer of this account that listens at `address`: its first line names the address."""
-    root = platformdirs.user_data_path("isthmus", appauthor=False)
-    for path in sorted(root.glob(f"*/{TOKEN_FILE}")):
+    """The token file of the peer of this account that listens at `address`."""
+    for folder in sorted(platformdirs.user_data_path("isthmus", appauthor=False).glob("*/identity")):
         try:
-            if path.with_suffix(".address").read_text("utf-8").strip() == address:
-                return path
-        except OSError:
+            if (folder.parent / LOCAL_ADDRESS).read_text("utf-8").strip() == address:
+                return folder.parent / LOCAL_TOKEN
+        except (OSError, ValueError):
             continue
     return None

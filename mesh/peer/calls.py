@@ -14,7 +14,7 @@ from mesh.client.credentials import Credentials
 from mesh.errors import PeerUnreachable
 from mesh.jobs.deploy import CONNECT_DEADLINE_S, DISPLACE_DEADLINE_S, PREPARE_DEADLINE_S
 from mesh.jobs.peers import Progress
-from mesh.wire.v1 import identity_pb2, peer_pb2, peer_pb2_grpc
+from mesh.wire.v1 import identity_pb2, identity_pb2_grpc, peer_pb2, peer_pb2_grpc
 
 M = TypeVar("M")
 
@@ -28,6 +28,7 @@ class RemotePeer(Connection):
     def __init__(self, address: str, credentials: Credentials | None = None) -> None:
         super().__init__(address, credentials)
         self._peer = peer_pb2_grpc.PeerStub(self._channel)
+        self._identity = identity_pb2_grpc.IdentityStub(self._channel)
 
     async def prepare(self, request: peer_pb2.PrepareRequest, progress: Progress) -> dict[str, bytes]:
         """See `PeerCalls.prepare`."""
@@ -72,8 +73,13 @@ class RemotePeer(Connection):
         return bytes(answer.data)
 
     async def keys(self, version: int) -> bytes:
-        """The gossip keys up to `version`, as this peer's cluster keeps them."""
+        """A handover of the cluster's document and of its gossip keys of at least `version`, for our site."""
         answer = await unary(self, self._peer.Keys, peer_pb2.KeysRequest(version=version), "keys", CALL_DEADLINE_S)
+        return bytes(answer.data)
+
+    async def renew(self, csr: bytes) -> bytes:
+        """A new certificate of the same key, from the authority's peer."""
+        answer = await unary(self, self._identity.Renew, identity_pb2.Packet(data=csr), "renew", CALL_DEADLINE_S)
         return bytes(answer.data)
 
     @asynccontextmanager

@@ -139,7 +139,9 @@ Target = Annotated[str, AfterValidator(_target)]
 class PeerConfig(BaseSettings):
     """What a peer is told. Use `load`, which merges the sources; the constructor takes checked-for values alone.
 
-    `emulate` holds round-trip times in milliseconds that are added between this peer and others, by their address.
+    `advertise` is where others reach `listen`, where that differs: behind a forwarded port, or when listening on all of
+    a machine's addresses (then by default the one that its own way out has). `emulate` holds round-trip times in
+    milliseconds that are added between this peer and others, by their address.
     `reserve` is the share of each device's memory kept for the loss of another site.
     """
 
@@ -147,6 +149,7 @@ class PeerConfig(BaseSettings):
 
     site: Name = Field(default_factory=default_site)
     listen: Bind = DEFAULT_LISTEN
+    advertise: Target | None = None
     join: Annotated[tuple[Target, ...], NoDecode, BeforeValidator(_addresses)] = ()
     http: Bind | None = None
     data_dir: Annotated[Path, AfterValidator(_expanded)] = Field(default_factory=_default_data_dir)

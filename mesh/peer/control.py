@@ -8,20 +8,25 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import trio
 
 from mesh.client.channel import CANCEL_S, Connection
+from mesh.client.credentials import Credentials
 from mesh.errors import AddressInUse, JobNotFound, RequestError
+from mesh.gossip import Gossip, Malformed
 from mesh.gossip.config import join_address
 from mesh.jobs.ledger import Ledger
 from mesh.peer.bridge import Bridge, each
+from mesh.peer.cluster import Cluster
+from mesh.peer.guard import Guard
+from mesh.peer.office import IdentityServicer
 from mesh.peer.service import PeerService
 from mesh.peer.view import MeshView
 from mesh.wire.errors import abort
-from mesh.wire.v1 import mesh_pb2, mesh_pb2_grpc, peer_pb2, peer_pb2_grpc
+from mesh.wire.v1 import identity_pb2, identity_pb2_grpc, mesh_pb2, mesh_pb2_grpc, peer_pb2, peer_pb2_grpc
 
 #: Each open stream pins a thread: generations, watchers, and the owners that listen to this peer's workers.
 THREADS = 256
@@ -41,6 +46,14 @@ _OPTIONS: list[tuple[str, Any]] = [
 ]
 
 
+class Secured(NamedTuple):
+    """What a peer with an identity serves beside the rest."""
+
+    cluster: Cluster
+    guard: Guard
+    identity: IdentityServicer
+
+
 class MeshServicer(mesh_pb2_grpc.MeshServicer):
     """What clients ask."""
 
@@ -51,12 +64,16 @@ class MeshServicer(mesh_pb2_grpc.MeshServicer):
         view: MeshView,
         status: Callable[[], dict[str, Any]],
         elsewhere: Callable[[], Mapping[str, tuple[str, Mapping[str, Any]]]],
+        *,
+        credentials: Callable[[str], Credentials | None] = lambda site: None,
     ) -> None:
+        """`credentials(site)` are those for a call that is passed on to that site."""
         self._bridge = bridge
         self._ledger = ledger
         self._view = view
         self._status = status
         self._elsewhere = elsewhere
+        self._credentials = credentials
 
     def Status(self, request: mesh_pb2.StatusRequest, context: grpc.ServicerContext) -> mesh_pb2.Document:
         """This peer, its members, devices and jobs."""
@@ -141,12 +158,14 @@ class MeshServicer(mesh_pb2_grpc.MeshServicer):
 
         return self._bridge.call(context, work)
 
-    def _owner(self, job: str, context: grpc.ServicerContext) -> str | None:
-        """The address of the other peer that owns the job; None where this one does, or nobody is known to."""
+    def _owner(self, job: str, context: grpc.ServicerContext) -> Connection | None:
+        """A connection to the other peer that owns the job; None where this one does, or nobody is known to."""
 
-        async def work() -> str | None:
+        async def work() -> Connection | None:
             known = self._elsewhere().get(job)
-            return None if known is None or job in self._ledger else self._view.address(known[0])
+            if known is None or job in self._ledger:
+                return None
+            return Connection(self._view.address(known[0]), self._credentials(known[0]))
 
         return self._bridge.call(context, work)
 
@@ -154,9 +173,38 @@ class MeshServicer(mesh_pb2_grpc.MeshServicer):
 class PeerServicer(peer_pb2_grpc.PeerServicer):
     """What the owners of jobs ask."""
 
-    def __init__(self, bridge: Bridge, service: PeerService) -> None:
+    def __init__(self, bridge: Bridge, service: PeerService, gossip: Gossip, secured: Secured | None = None) -> None:
         self._bridge = bridge
         self._service = service
+        self._gossip = gossip
+        self._secured = secured
+
+    def Gossip(self, request: identity_pb2.Packet, context: grpc.ServicerContext) -> identity_pb2.Packet:
+        """One request of gossip's reliable path."""
+        caller = None if self._secured is None else self._secured.guard.caller(context.invocation_metadata()).name
+
+        async def work() -> identity_pb2.Packet:
+            try:
+                return identity_pb2.Packet(data=self._gossip.serve_stream(request.data, context.peer(), caller))
+            except Malformed as error:
+                raise RequestError(f"not gossip of this mesh: {error}") from None
+
+        return self._bridge.call(context, work)
+
+    def Keys(self, request: peer_pb2.KeysRequest, context: grpc.ServicerContext) -> identity_pb2.Packet:
+        """The cluster's document and gossip keys, sealed to the caller's key."""
+        if self._secured is None:
+            abort(context, RequestError("this peer has no identity, and so no gossip keys"))
+        cluster = self._secured.cluster
+        caller = self._secured.guard.caller(context.invocation_metadata())
+
+        async def work() -> identity_pb2.Packet:
+            known = cluster.identity.directory.site(caller.name)
+            if known is None or known.fingerprint != caller.id:
+                raise RequestError(f"the certificate of {caller.name} is not known here yet: ask again")
+            return identity_pb2.Packet(data=cluster.identity.handover(known.der, cluster.wall()))
+
+        return self._bridge.call(context, work)
 
     def Prepare(
         self, request: peer_pb2.PrepareRequest, context: grpc.ServicerContext
@@ -213,17 +261,29 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
         return peer_pb2.Done()
 
 
-def serve(mesh: MeshServicer, peer: PeerServicer, host: str, port: int) -> grpc.Server:
-    """Start the server on `host:port`. Raises AddressInUse where the port is taken."""
+def serve(
+    mesh: MeshServicer, peer: PeerServicer, host: str, port: int, *, secured: Secured | None = None
+) -> grpc.Server:
+    """Start the server on `host:port`: TLS and proven callers where there is an identity, else plain.
+
+    Raises AddressInUse where the port is taken.
+    """
     # Without the limit, a call beyond the threads would wait in a queue without a word.
     server = grpc.server(
-        ThreadPoolExecutor(THREADS, thread_name_prefix="grpc"), options=_OPTIONS, maximum_concurrent_rpcs=THREADS
+        ThreadPoolExecutor(THREADS, thread_name_prefix="grpc"),
+        interceptors=[] if secured is None else [secured.guard],
+        options=_OPTIONS,
+        maximum_concurrent_rpcs=THREADS,
     )
     mesh_pb2_grpc.add_MeshServicer_to_server(mesh, server)
     peer_pb2_grpc.add_PeerServicer_to_server(peer, server)
     address = join_address(host, port)
     try:
-        bound = server.add_insecure_port(address)
+        if secured is None:
+            bound = server.add_insecure_port(address)
+        else:
+            identity_pb2_grpc.add_IdentityServicer_to_server(secured.identity, server)
+            bound = server.add_secure_port(address, secured.cluster.server_credentials)
     except RuntimeError:
         bound = 0
     if not bound:
@@ -250,9 +310,10 @@ def _constraints(request: mesh_pb2.JobSpec) -> dict[str, Any]:
     return document
 
 
-def _passed_on(context: grpc.ServicerContext, owner: str, begin: Callable[[Any], Iterator[Any]]) -> Iterator[Any]:
+def _passed_on(
+    context: grpc.ServicerContext, connection: Connection, begin: Callable[[Any], Iterator[Any]]
+) -> Iterator[Any]:
     """What the owner answers. Its error is passed on as it is; the end of our call ends the call to the owner."""
-    connection = Connection(owner)
     context.add_callback(connection.close)
     try:
         yield from begin(connection.stub)

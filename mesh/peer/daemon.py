@@ -29,12 +29,16 @@ from mesh.gossip.config import join_address
 from mesh.jobs.ledger import Ledger
 from mesh.jobs.model import SubprocessInspector
 from mesh.peer.bridge import Bridge
+from mesh.peer.calls import RemotePeer
+from mesh.peer.cluster import open_cluster
 from mesh.peer.config import PeerConfig, split_address
-from mesh.peer.control import MeshServicer, PeerServicer, serve
+from mesh.peer.control import MeshServicer, PeerServicer, Secured, serve
 from mesh.peer.datadir import DataDir
+from mesh.peer.guard import Guard
 from mesh.peer.http import build_app
 from mesh.peer.http import serve as serve_http
 from mesh.peer.metrics import DeviceMemory
+from mesh.peer.office import IdentityServicer
 from mesh.peer.service import PeerService
 from mesh.peer.view import MeshView
 from mesh.peer.workers import WorkerPool
@@ -52,6 +56,10 @@ JOIN_COMPLAINT_S = 5.0
 JOBS_TOLD_BYTES, MODEL_CHARACTERS_TOLD = 30_000, 64
 #: Random ports tried until one is free for UDP and for TCP.
 PORT_TRIES = 20
+#: The name of the mesh of peers without an identity.
+DEFAULT_CLUSTER = "isthmus"
+#: How long a request of gossip's reliable path may take.
+STREAM_S = 5.0
 #: How long calls in progress may go on while the server stops.
 STOP_S = 0.2
 
@@ -262,17 +270,32 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
     """A running peer for the length of the block. Raises the MeshError that keeps it from starting."""
     host, port = _free_port(*split_address(config.listen))
     devices = await discover(config, config.data_dir)
+    cluster = open_cluster(config.data_dir, config.site)
+    advertise = config.advertise or join_address(_reachable(host), port)
     gossip_config = GossipConfig(
         site=config.site,
         address=join_address(host, port),
+        advertise=advertise,
         incarnation=data.next_incarnation(),
         seeds=config.join,
+        cluster=DEFAULT_CLUSTER if cluster is None else cluster.identity.cluster,
         delays={address: rtt_ms / 2000.0 for address, rtt_ms in config.emulate.items()},
     )
+
+    async def exchange(address: str, site: str, data: bytes) -> bytes:
+        # The delay of a drill, there and back; no more than the datagrams have.
+        await trio.sleep(config.emulate.get(address, 0.0) / 1000.0)
+        return await view.stream(site, address).gossip(data, STREAM_S)
+
     async with (
-        open_gossip(gossip_config) as gossip,
+        open_gossip(
+            gossip_config,
+            sealer=None if cluster is None else cluster.sealer,
+            prover=None if cluster is None else cluster.prover,
+            exchange=exchange,
+        ) as gossip,
         trio.open_nursery() as nursery,
-        WorkerPool.open(host=host, backends=_backends(config, devices)) as pool,
+        WorkerPool.open(host=_reachable(host), backends=_backends(config, devices)) as pool,
     ):
         peer: Peer
 
@@ -300,16 +323,25 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
             inspector=inspector,
             displace=displace,
         )
-        view = MeshView(config.site, gossip, service)
+        credentials = no_credentials if cluster is None else cluster.credentials
+        view = MeshView(config.site, gossip, service, lambda site, at: RemotePeer(at, credentials(site)))
         ledger = Ledger(config.site, view, inspector, nursery, publish_jobs)
         peer = Peer(config=config, gossip=gossip, ledger=ledger, view=view, service=service, devices=devices)
         gossip.publish("capabilities", _capabilities(config, devices))
         peer.publish_load()
         bridge = Bridge()
-        mesh_servicer = MeshServicer(bridge, ledger, view, peer.status, peer.elsewhere)
-        server = serve(mesh_servicer, PeerServicer(bridge, service), host, port)
+        secured = None
+        if cluster is not None:
+            guard = Guard(cluster.authenticate)
+            office = IdentityServicer(bridge, cluster, gossip, guard, advertise)
+            secured = Secured(cluster, guard, office)
+        mesh_servicer = MeshServicer(bridge, ledger, view, peer.status, peer.elsewhere, credentials=credentials)
+        server = serve(mesh_servicer, PeerServicer(bridge, service, gossip, secured), host, port, secured=secured)
         try:
             nursery.start_soon(service.run)
+            if cluster is not None:
+                cluster.leave_token(join_address(_local(host), port))
+                nursery.start_soon(cluster.run, gossip, view.remote)
             nursery.start_soon(_watch_members, gossip, ledger)
             if config.http is not None:
                 logger.info("HTTP at %s", await nursery.start(serve_http, build_app(peer), config.http))
@@ -321,7 +353,31 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
                 # gRPC's handlers wait for this loop, so the loop must run on while gRPC stops.
                 await trio.to_thread.run_sync(_stop, server)
                 view.close()
+                if cluster is not None:
+                    cluster.remove_token()
             nursery.cancel_scope.cancel()
+
+
+def no_credentials(site: str) -> None:
+    """Peers without identities call each other plainly."""
+
+
+def _reachable(host: str) -> str:
+    """An address of this machine that others may reach, where it listens on all of them: that of its own way out."""
+    if host not in ("0.0.0.0", "::"):
+        return host
+    family, far = (socket.AF_INET, "192.0.2.1") if host == "0.0.0.0" else (socket.AF_INET6, "2001:db8::1")
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((far, 9))  # of the ranges for documentation (RFC 5737, RFC 3849); nothing is sent
+        except OSError:
+            raise ConfigError(f"listen={host}: this machine has no way out; give --advertise HOST:PORT") from None
+        return str(probe.getsockname()[0])
+
+
+def _local(host: str) -> str:
+    """Where a command on this machine reaches a peer that listens on `host`."""
+    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
 
 
 def _shortened(model: str) -> str:

@@ -108,6 +108,16 @@ class MeshView:
             known = self._peers[site] = self._dial(site, address)
         return known
 
+    def stream(self, site: str, address: str) -> RemotePeer:
+        """A connection for gossip's reliable path, which may have to reach a peer where the members do not show it."""
+        known = self._peers.get(site)
+        if known is not None and known.address == address:
+            return known
+        key = f"{site}@{address}"
+        if key not in self._peers:
+            self._peers[key] = self._dial(site, address)
+        return self._peers[key]
+
     def close(self) -> None:
         """Close every connection."""
         for peer in self._peers.values():

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmesh/wire/v1/identity.proto\x12\x0cmesh.wire.v1\"\x16\n\x06Packet\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\x14\n\x04Text\x12\x0c\n\x04text\x18\x01 \x01(\t\",\n\rInviteRequest\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\r\n\x05ttl_s\x18\x02 \x01(\x01\"?\n\x12\x43reateTokenRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05ttl_s\x18\x03 \x01(\x01\",\n\rRevokeRequest\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\t\"\x0f\n\rRotateRequest\"L\n\x0c\x43lusterState\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x14\n\x0cring_version\x18\x02 \x01(\x04\x12\x15\n\rrevoked_sites\x18\x03 \x03(\t2\xfa\x02\n\x08Identity\x12\x33\n\x05\x45nrol\x12\x14.mesh.wire.v1.Packet\x1a\x14.mesh.wire.v1.Packet\x12\x39\n\x06Invite\x12\x1b.mesh.wire.v1.InviteRequest\x1a\x12.mesh.wire.v1.Text\x12\x43\n\x0b\x43reateToken\x12 .mesh.wire.v1.CreateTokenRequest\x1a\x12.mesh.wire.v1.Text\x12\x41\n\x06Revoke\x12\x1b.mesh.wire.v1.RevokeRequest\x1a\x1a.mesh.wire.v1.ClusterState\x12\x41\n\x06Rotate\x12\x1b.mesh.wire.v1.RotateRequest\x1a\x1a.mesh.wire.v1.ClusterState\x12\x33\n\x05Renew\x12\x14.mesh.wire.v1.Packet\x1a\x14.mesh.wire.v1.Packetb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmesh/wire/v1/identity.proto\x12\x0cmesh.wire.v1\"\x16\n\x06Packet\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\x14\n\x04Text\x12\x0c\n\x04text\x18\x01 \x01(\t\"?\n\rInviteRequest\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\r\n\x05ttl_s\x18\x02 \x01(\x01\x12\x11\n\taddresses\x18\x03 \x03(\t\"?\n\x12\x43reateTokenRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05ttl_s\x18\x03 \x01(\x01\",\n\rRevokeRequest\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\t\"\x0f\n\rRotateRequest\"L\n\x0c\x43lusterState\x12\x0f\n\x07version\x18\x01 \x01(\x04\x12\x14\n\x0cring_version\x18\x02 \x01(\x04\x12\x15\n\rrevoked_sites\x18\x03 \x03(\t2\xfa\x02\n\x08Identity\x12\x33\n\x05\x45nrol\x12\x14.mesh.wire.v1.Packet\x1a\x14.mesh.wire.v1.Packet\x12\x39\n\x06Invite\x12\x1b.mesh.wire.v1.InviteRequest\x1a\x12.mesh.wire.v1.Text\x12\x43\n\x0b\x43reateToken\x12 .mesh.wire.v1.CreateTokenRequest\x1a\x12.mesh.wire.v1.Text\x12\x41\n\x06Revoke\x12\x1b.mesh.wire.v1.RevokeRequest\x1a\x1a.mesh.wire.v1.ClusterState\x12\x41\n\x06Rotate\x12\x1b.mesh.wire.v1.RotateRequest\x1a\x1a.mesh.wire.v1.ClusterState\x12\x33\n\x05Renew\x12\x14.mesh.wire.v1.Packet\x1a\x14.mesh.wire.v1.Packetb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,15 +36,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TEXT']._serialized_start=69
   _globals['_TEXT']._serialized_end=89
   _globals['_INVITEREQUEST']._serialized_start=91
-  _globals['_INVITEREQUEST']._serialized_end=135
-  _globals['_CREATETOKENREQUEST']._serialized_start=137
-  _globals['_CREATETOKENREQUEST']._serialized_end=200
-  _globals['_REVOKEREQUEST']._serialized_start=202
-  _globals['_REVOKEREQUEST']._serialized_end=246
-  _globals['_ROTATEREQUEST']._serialized_start=248
-  _globals['_ROTATEREQUEST']._serialized_end=263
-  _globals['_CLUSTERSTATE']._serialized_start=265
-  _globals['_CLUSTERSTATE']._serialized_end=341
-  _globals['_IDENTITY']._serialized_start=344
-  _globals['_IDENTITY']._serialized_end=722
+  _globals['_INVITEREQUEST']._serialized_end=154
+  _globals['_CREATETOKENREQUEST']._serialized_start=156
+  _globals['_CREATETOKENREQUEST']._serialized_end=219
+  _globals['_REVOKEREQUEST']._serialized_start=221
+  _globals['_REVOKEREQUEST']._serialized_end=265
+  _globals['_ROTATEREQUEST']._serialized_start=267
+  _globals['_ROTATEREQUEST']._serialized_end=282
+  _globals['_CLUSTERSTATE']._serialized_start=284
+  _globals['_CLUSTERSTATE']._serialized_end=360
+  _globals['_IDENTITY']._serialized_start=363
+  _globals['_IDENTITY']._serialized_end=741
 # @@protoc_insertion_point(module_scope)
