@@ -9,7 +9,7 @@ from typing import cast
 
 import typer
 
-from mesh.cli import ask, demo, jobs, up
+from mesh.cli import ask, cluster, demo, jobs, up
 from mesh.cli.frame import REPORTER, guarded, report
 from mesh.errors import EXIT_INTERRUPTED, ConfigError
 
@@ -31,7 +31,20 @@ def application() -> typer.Typer:
     for function in (up.up, ask.status, ask.topology, ask.plan, jobs.submit, jobs.generate, jobs.jobs, jobs.cancel):
         app.command()(guarded(function))
     app.command(**demo.SETTINGS)(guarded(demo.demo))
+    for verb in (cluster.invite, cluster.members, cluster.revoke, cluster.rotate):
+        app.command()(guarded(verb))
+    clusters = _group("cluster", "Make a cluster.")
+    clusters.command("create")(guarded(cluster.create))
+    tokens = _group("token", "Access tokens for users of the API.")
+    tokens.command("create")(guarded(cluster.token_create))
+    tokens.command("list")(guarded(cluster.token_list))
+    for group in (clusters, tokens):
+        app.add_typer(group)
     return app
+
+
+def _group(name: str, about: str) -> typer.Typer:
+    return typer.Typer(name=name, help=about, no_args_is_help=True, rich_markup_mode=None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -38,6 +38,22 @@ def show_status(document: Mapping[str, Any], address: str) -> None:
             say(f"no {title}")
 
 
+def show_members(document: Mapping[str, Any]) -> None:
+    """`mesh members`."""
+    identity = document.get("identity")
+    if isinstance(identity, Mapping):
+        say(f"cluster {identity.get('cluster', '?')}, gossip keys {identity.get('ring', '?')}")
+    else:
+        say("no cluster: these peers have no identities")
+    columns = ("site", "address", "state", "rtt_ms", "fingerprint", "certificate_days", "ring")
+    rows = [row for row in document.get("members") or () if isinstance(row, Mapping)]
+    present = [column for column in columns if any(column in row for row in rows)]
+    table([_title(column) for column in present], [[_cell(c, row.get(c)) for c in present] for row in rows])
+    revoked = identity.get("revoked") if isinstance(identity, Mapping) else None
+    if revoked:
+        say(f"put out: {', '.join(map(str, revoked))}")
+
+
 def show_topology(snapshot: Snapshot) -> None:
     """`mesh topology`: the sites with their devices, then the matrix of round-trip times."""
     table(

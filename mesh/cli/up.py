@@ -21,6 +21,13 @@ def up(
     join: Annotated[
         list[str] | None, typer.Option(metavar="HOST:PORT", help="A peer to join through; may be repeated.")
     ] = None,
+    advertise: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where others reach this peer, if not where it listens.")
+    ] = None,
+    invite: Annotated[
+        str | None,
+        typer.Option(metavar="TOKEN", help="What `mesh invite` printed: become a site of that cluster, then run."),
+    ] = None,
     http: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Serve /health and /metrics here [default: off].")
     ] = None,
@@ -36,6 +43,7 @@ def up(
     debug: Debug = False,
 ) -> None:
     """Run this site's peer. SIGTERM or Ctrl-C leaves gracefully."""
+    from mesh.identity.site import SiteIdentity
     from mesh.peer.config import load
     from mesh.peer.daemon import run
 
@@ -43,9 +51,20 @@ def up(
         "site": site,
         "listen": listen,
         "join": join or None,
+        "advertise": advertise,
         "http": http,
         "data_dir": str(data_dir) if data_dir is not None else None,
         "region": region,
         "device": device or None,
     }
-    run(load({key: value for key, value in given.items() if value is not None}, dict(os.environ), config))
+    options = {key: value for key, value in given.items() if value is not None}
+    will_have = invite is not None
+    loaded = load(
+        options, dict(os.environ), config, has_identity=lambda folder: will_have or SiteIdentity.exists(folder)
+    )
+    if invite is not None:
+        from mesh.peer.enrolment import enrol
+
+        _, addresses = enrol(loaded.data_dir, loaded.site, invite)
+        loaded = loaded.model_copy(update={"join": (*loaded.join, *addresses)})
+    run(loaded)

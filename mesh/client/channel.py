@@ -59,6 +59,11 @@ class Connection:
             self._channel = credentials.channel(address, _CHANNEL_OPTIONS)
         self.stub = mesh_pb2_grpc.MeshStub(self._channel)
 
+    @property
+    def transport(self) -> grpc.Channel:
+        """The gRPC channel, for other services' stubs."""
+        return self._channel
+
     def close(self) -> None:
         """Close the channel; calls in progress end. May be called twice."""
         self._closed = True

@@ -122,12 +122,6 @@ class Gossip:
         self._core.publish(key, value, self._clock(), urgent=urgent)
         self._pump()
 
-    def publish_cluster(self, key: str, value: dict[str, Any], version: int, proof: bytes) -> bool:
-        """Spread an entry of the cluster's authority. True if it is newer than what is known. Raises ValueError."""
-        news = self._core.publish_cluster(key, value, version, proof, self._clock())
-        self._pump()
-        return news
-
     def serve_stream(self, data: bytes, source: str, site: str | None = None) -> bytes:
         """Answer another peer's request over a stream. `site` is who provably asks, None where nobody proves it.
 

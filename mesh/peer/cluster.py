@@ -26,6 +26,8 @@ from mesh.identity.access import PEER, USER, Access, peer_proof, read_peer_proof
 from mesh.identity.authority import Authority
 from mesh.identity.certificate import tls_name
 from mesh.identity.keys import write_private
+from mesh.identity.prover import SiteProver
+from mesh.identity.seal import SiteSealer
 from mesh.identity.site import SiteIdentity
 from mesh.identity.tokens import Principal
 
@@ -67,9 +69,10 @@ class Cluster:
         self.identity = identity
         self.authority = authority
         self.wall = wall
+        self.sealer = SiteSealer(identity, wall=wall)
+        self.prover = SiteProver(identity, wall=wall)
         self._local = secrets.token_urlsafe(32)
         self._asserting = threading.Lock()
-        self._names: dict[str, bytes] = {}
 
     # ---------------------------------------------------------------- proving and checking, from gRPC's threads
 
@@ -99,6 +102,27 @@ class Cluster:
         if secrets.compare_digest(token.encode(), self._local.encode()):
             return Principal("user", "local", "administer", b"", int(now) + 1)
         return self.identity.verify_token(token, now)
+
+    def describe(self) -> dict[str, Any]:
+        """For `mesh status` and `mesh members`."""
+        document = self.identity.document
+        return {
+            "cluster": self.identity.cluster,
+            "ring": self.identity.ring.version,
+            "document": document.version,
+            "authority": self.authority is not None,
+            "revoked": sorted(document.revoked.values()),
+            "clocks_off_s": dict(self.sealer.skewed),
+        }
+
+    def describe_member(self, site: str) -> dict[str, Any]:
+        """What is known of a member's identity."""
+        own = site == self.identity.site
+        certificate = self.identity.certificate if own else self.identity.directory.site(site)
+        if certificate is None:
+            return {"fingerprint": None, "certificate_days": None}
+        days = (certificate.not_after_s - self.wall()) / 86400
+        return {"fingerprint": certificate.fingerprint.hex()[:16], "certificate_days": round(days, 1)}
 
     # ---------------------------------------------------------------- files for users of this account
 
@@ -185,6 +209,11 @@ class Cluster:
             if self.identity.wants_ring:
                 wanted = self.identity.document.ring_version
                 await self._fetch([site for site, version in sorted(held.items()) if version >= wanted], gossip, peer)
+            elif (address := self.sealer.behind) is not None:
+                # Somebody seals under keys that came while we were away: nobody's gossip can tell us of them.
+                self.sealer.behind = None
+                there = [member.site for member in gossip.members() if member.address == address]
+                await self._fetch(there, gossip, peer)
             announced = [held.get(site, 0) for site in present | {self.identity.site}]
             if self.identity.turn_ring(self.wall(), announced):
                 self._publish_entry(gossip)

@@ -30,7 +30,7 @@ from mesh.jobs.ledger import Ledger
 from mesh.jobs.model import SubprocessInspector
 from mesh.peer.bridge import Bridge
 from mesh.peer.calls import RemotePeer
-from mesh.peer.cluster import open_cluster
+from mesh.peer.cluster import Cluster, open_cluster
 from mesh.peer.config import PeerConfig, split_address
 from mesh.peer.control import MeshServicer, PeerServicer, Secured, serve
 from mesh.peer.datadir import DataDir
@@ -134,7 +134,9 @@ class Peer:
         view: MeshView,
         service: PeerService,
         devices: list[LocalDevice],
+        cluster: Cluster | None = None,
     ) -> None:
+        self._cluster = cluster
         self._config = config
         self._gossip = gossip
         self._ledger = ledger
@@ -200,6 +202,7 @@ class Peer:
         regions = {site.name: site.region for site in self._view.snapshot().sites}
         free = self._service.free_bytes()
         return {
+            **({} if self._cluster is None else {"identity": self._cluster.describe()}),
             "site": self.site,
             "address": self.address,
             "region": self._config.region,
@@ -212,6 +215,7 @@ class Peer:
                     "state": str(member.state),
                     "incarnation": member.incarnation,
                     "rtt_ms": rtts[member.site] * 1e3 if member.site in rtts else None,
+                    **({} if self._cluster is None else self._cluster.describe_member(member.site)),
                 }
                 for member in self._gossip.members()
             ],
@@ -326,7 +330,15 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
         credentials = no_credentials if cluster is None else cluster.credentials
         view = MeshView(config.site, gossip, service, lambda site, at: RemotePeer(at, credentials(site)))
         ledger = Ledger(config.site, view, inspector, nursery, publish_jobs)
-        peer = Peer(config=config, gossip=gossip, ledger=ledger, view=view, service=service, devices=devices)
+        peer = Peer(
+            config=config,
+            gossip=gossip,
+            ledger=ledger,
+            view=view,
+            service=service,
+            devices=devices,
+            cluster=cluster,
+        )
         gossip.publish("capabilities", _capabilities(config, devices))
         peer.publish_load()
         bridge = Bridge()
