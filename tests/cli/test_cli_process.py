@@ -88,7 +88,7 @@ def test_up_passes_only_what_was_given(monkeypatch, tmp_path):
 
     seen: list[object] = []
     config = types.ModuleType("mesh.peer.config")
-    config.load = lambda cli, env, toml_path: seen.append((cli, toml_path)) or "config"
+    config.load = lambda cli, env, toml_path, has_identity: seen.append((cli, toml_path)) or "config"
     daemon = types.ModuleType("mesh.peer.daemon")
     daemon.run = seen.append
     monkeypatch.setitem(sys.modules, "mesh.peer.config", config)
@@ -105,7 +105,7 @@ def test_up_passes_only_what_was_given(monkeypatch, tmp_path):
 def test_ups_errors_exit_with_their_code(monkeypatch, capsys):
     import types
 
-    def load(cli, env, toml_path):
+    def load(cli, env, toml_path, has_identity):
         raise ConfigError("listen: 'x' is not HOST:PORT")
 
     config = types.ModuleType("mesh.peer.config")
