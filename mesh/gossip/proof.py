@@ -103,7 +103,7 @@ class Proofs:
     def holds(self, claim: Claim) -> bool:
         """Whether the subject of a claim once said what the claim rests on: that it lives there, or that it leaves."""
         place = _place(claim)
-        if self._held.get(place) == claim.proof:
+        if self._held.get(place) == claim.proof and self._prover.knows(claim.site):  # it may have been put out since
             return True
         if not self._prover.verify(claim.site, claim_message(self._cluster, *place), claim.proof):
             return False

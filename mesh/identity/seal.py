@@ -57,7 +57,8 @@ HELLO_BYTES = 1000
 _HELLO_CLEAR = 1 + RING_ID_BYTES + SALT_BYTES
 _HELLO_BODY = HELLO_BYTES - _HELLO_CLEAR - TAG_BYTES
 _ZERO_NONCE = bytes(12)
-_LAST_COUNTER = 2 ** (8 * COUNTER_BYTES) - 1
+_LAST_COUNTER = (1 << 8 * COUNTER_BYTES) - 1
+_LAST_SECOND = (1 << 8 * TIME_BYTES) - 1
 
 #: Keys kept ready; making one again costs an ECDH, about 60 us.
 MAX_KEYS = 16_384
@@ -108,7 +109,8 @@ class SiteSealer:
         self._replays = ReplayGuard()
         self._hellos = Once(MAX_HELLOS_SEEN)
         self._asked: _Recent[int, None] = _Recent(MAX_PENDING)
-        self._limit = Limit(PER_SOURCE, OVERALL)
+        self._hello_limit = Limit(PER_SOURCE, OVERALL)
+        self._who_limit = Limit(PER_SOURCE, OVERALL)  # apart: anybody can use this one up, also in another's name
         self.counters: Counter[str] = Counter()
         self.skewed: dict[str, float] = {}
         self.behind: str | None = None
@@ -136,7 +138,7 @@ class SiteSealer:
             self._sending.put((ring_id, receiver.fingerprint), cipher)
         counter = self._counter.to_bytes(COUNTER_BYTES)
         clear = b"".join([b"\x01", ring_id, self._directory.own.key_id, self._boot, counter])
-        return clear + cipher.encrypt(_nonce(counter), int(wall).to_bytes(TIME_BYTES) + body, clear)
+        return clear + cipher.encrypt(_nonce(counter), _seconds(wall).to_bytes(TIME_BYTES) + body, clear)
 
     def _key(self, ring_id: bytes, peer: SiteCertificate, sender: bytes, receiver: bytes, boot: bytes) -> bytes:
         secret = self._secrets.get(peer.fingerprint)
@@ -189,7 +191,7 @@ class SiteSealer:
             plain = cipher.decrypt(_nonce(counter), data[_CLEAR_BYTES:], data[:_CLEAR_BYTES])
         except InvalidTag:
             refused = Forged(f"not sealed by {sender.site} for this site")
-            if self._limit.allows(source, wall):  # it may have been for who was at our address before
+            if self._who_limit.allows(source, wall):  # it may have been for who was at our address before
                 refused.reply = self._who(ring_id, boot, counter)
             raise refused from None
         if not known:
@@ -233,8 +235,8 @@ class SiteSealer:
     def _hello(self, echo: bytes, address: str, wall: float) -> bytes:
         self.counters["hellos_sent"] += 1
         ring_id, salt, own = self._identity.ring.active, self._entropy(SALT_BYTES), self._directory.own
-        signed = self._hello_message(own.fingerprint, ring_id, salt, int(wall), echo)
-        plain = pack([own.der, int(wall), echo, sign(self._identity.key, _HELLO_CONTEXT, signed)])
+        signed = self._hello_message(own.fingerprint, ring_id, salt, _seconds(wall), echo)
+        plain = pack([own.der, _seconds(wall), echo, sign(self._identity.key, _HELLO_CONTEXT, signed)])
         length = len(plain).to_bytes(2)
         if not echo:
             self._pending.put(salt, (address, wall + PENDING_S))
@@ -283,7 +285,7 @@ class SiteSealer:
             return self._answered(sender, echo, source, wall)
         if self._site_at(source, wall) != sender.site:
             self._addresses.drop(source)
-        reply = self._hello(salt, source, wall) if self._limit.allows(source, wall) else None
+        reply = self._hello(salt, source, wall) if self._hello_limit.allows(source, wall) else None
         return Opened(b"", sender.site, reply)
 
     def _answered(self, sender: SiteCertificate, echo: bytes, source: str, wall: float) -> Opened:
@@ -311,7 +313,7 @@ class SiteSealer:
     # ---------------------------------------------------------------- who
 
     def _ask_who(self, ring_id: bytes, boot: bytes, counter: bytes, source: str, wall: float) -> Opened:
-        if not self._limit.allows(source, wall):
+        if not self._who_limit.allows(source, wall):
             raise Forged("from a key that this site does not know")
         return Opened(b"", None, self._who(ring_id, boot, counter))
 
@@ -333,12 +335,17 @@ class SiteSealer:
         if boot != self._boot or not self._counter - ASKED_BACK < counter <= self._counter or counter in self._asked:
             raise Replayed("who: asks about nothing that we just sent")
         self._asked.put(counter, None)
-        if not self._limit.allows(source, wall):
+        if not self._hello_limit.allows(source, wall):
             raise Replayed("who: asked too often")
         self.counters["answered"] += 1
         self._addresses.drop(source)
         self._doubted.put(source, wall + DOUBT_S)
         return Opened(b"", None, self._hello(b"", source, wall))
+
+
+def _seconds(wall: float) -> int:
+    """What fits the field, also under a clock that is wrong by a century."""
+    return min(max(int(wall), 0), _LAST_SECOND)
 
 
 def _nonce(counter: bytes) -> bytes:
