@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import msgpack
 
 from mesh.gossip import config
+from mesh.gossip.coordinates import Coordinate
 from mesh.gossip.fingerprint import BUCKET_BYTES, LEAVES, NAME_BYTES, PRINT_BYTES, ROW_BYTES
 from mesh.gossip.members import RANK, STATES, Claim
 from mesh.gossip.messages import (
@@ -281,7 +282,13 @@ def _ping(item: list[Any]) -> Message:
 
 
 def _ack(item: list[Any]) -> Message:
-    return Ack(_sequence(_fields(item, 2)[1]))
+    _, seq, where = _fields(item, 3)
+    if where != b"":
+        try:
+            Coordinate.unpack(where)
+        except ValueError as error:
+            raise Malformed(str(error)) from None
+    return Ack(_sequence(seq), bytes(where))
 
 
 def _nack(item: list[Any]) -> Message:

@@ -46,6 +46,8 @@ YOUNG_STEPS: Final = 5
 SETTLED_STEPS: Final = 2
 SETTLED_AFTER: Final = 256
 SETTLED_EVERY: Final = 4
+#: Replays are so far apart at least: a site that joins hears hundreds of answers at once.
+REPLAY_GAP_S: Final = 0.2
 #: Peers count e-fold less after so many probes: a few at first, in proportion to all that were made later.
 FIRST_AGE, AGE_SHARE = 3.0, 0.2
 #: Damps the first steps, so that sites that start together do not chase one another.
@@ -112,6 +114,8 @@ class Coordinates:
         self._height_s = 0.005
         self._error = MAX_ERROR
         self._probes = 0
+        self._replayed = 0
+        self._replayed_s = -math.inf
         self._peers: dict[str, int] = {}  # peer -> its row
         self._places: _Vector = np.zeros((MEMORY, DIMENSIONS))
         self._heights: _Vector = np.zeros(MEMORY)
@@ -135,7 +139,7 @@ class Coordinates:
     def observe(self, peer: str, coordinate: Coordinate, rtt_s: float, now: float) -> bool:
         """A probe of `peer`, which is at `coordinate`, took `rtt_s`. False if the figures cannot be and were left out.
 
-        `now` is part of the seam; ages are counted in probes, because sites move by probes. At most 0.5 ms of CPU.
+        `now` only paces the replays. Ages are counted in probes, because sites move by probes.
         """
         if not (math.isfinite(rtt_s) and 0.0 < rtt_s <= MAX_RTT_S and coordinate.sound()):
             return False
@@ -147,16 +151,23 @@ class Coordinates:
         else:  # queues only add: down at once, up slowly
             self._rtts[row] = min(rtt_s, 0.75 * float(self._rtts[row]) + 0.25 * rtt_s)
         self._peers[peer] = row  # the dict stays in the order of the last probes
+        recent = now - self._replayed_s < REPLAY_GAP_S
         self._learn(row, coordinate)
-        if self._probes <= SETTLED_AFTER:
-            self._replay(YOUNG_STEPS)
-        elif self._probes % SETTLED_EVERY == 0:
-            self._replay(SETTLED_STEPS)
+        if not recent and (self._probes <= SETTLED_AFTER or self._probes - self._replayed >= SETTLED_EVERY):
+            self._replayed_s, self._replayed = now, self._probes
+            self._replay(YOUNG_STEPS if self._probes <= SETTLED_AFTER else SETTLED_STEPS)
         return True
 
     def known(self) -> dict[str, float]:
         """The round trips remembered, in seconds, the peers in the order of their last probes."""
         return {peer: float(self._rtts[row]) for peer, row in self._peers.items()}
+
+    def moved(self, before: Coordinate, share: float, least_s: float) -> bool:
+        """Whether we are no more where we were `before`: by a share of the median round trip, and at least so much."""
+        if not self._peers:
+            return False
+        far_s = math.dist(before.place, self._place) + abs(before.height_s - self._height_s)
+        return far_s > max(least_s, share * float(np.median(self._rtts[: len(self._peers)])))
 
     def heard(self, peer: str, coordinate: Coordinate) -> None:
         """`peer` is at `coordinate` now, says gossip. Counts only for peers that were probed, and moves nothing yet."""

@@ -21,8 +21,10 @@ from typing import Any, ClassVar, NamedTuple
 from mesh.gossip.absent import Known
 from mesh.gossip.codec import MAX_STREAM_MESSAGES, Codec, pack_message, pack_sender
 from mesh.gossip.config import MAX_MEMBERS, GossipConfig
+from mesh.gossip.coordinates import Coordinate
+from mesh.gossip.distances import COORDINATES, LINKS, Distances, reaches
 from mesh.gossip.fingerprint import Fingerprints, mark, name_hash
-from mesh.gossip.links import Links
+from mesh.gossip.links import LinkReport
 from mesh.gossip.members import ALIVE, LEFT, Claim, Member, Reach
 from mesh.gossip.messages import (
     Ack,
@@ -57,8 +59,6 @@ STREAM_FROM_BYTES = 16 * 1024
 #: Sites whose key is asked for at a time, and how soon again.
 MAX_STRANGERS = 1024
 STRANGER_S = 1.0
-#: The entry that tells the mesh what this peer's probes measure.
-LINKS = "links"
 
 
 class Event(NamedTuple):
@@ -144,7 +144,7 @@ class GossipCore:
         self._flush: Timer | None = None
         self._flushed_s = -math.inf
         self._packed_head: tuple[object, bytes] = (None, b"")
-        self._links = Links()
+        self._distances = Distances(config.site, config.rng)
         self._swim = Swim(
             config,
             self.address,
@@ -156,6 +156,7 @@ class GossipCore:
             touched=self._touched,
             prove=self._proofs.prove,
             ask=self.ask,
+            reaches=lambda helper, target: reaches(self._state.value(helper, LINKS), target),
         )
 
     # ---------------------------------------------------------------- driving
@@ -163,7 +164,7 @@ class GossipCore:
     def start(self, now: float) -> None:
         """Begin. Call once, first."""
         self._swim.start(now, self._seeds)
-        self._timers.at(now + self._t.links_first_s, self._publish_links)
+        self._timers.at(now + self._t.links_first_s, self._publish_distances)
 
     def receive(self, data: bytes, source: str, now: float) -> None:
         """Take a datagram from "host:port". Whatever is wrong with it is counted in `counters`; nothing is raised."""
@@ -409,13 +410,31 @@ class GossipCore:
         summaries = {peer.site: peer.rtt.summary() for peer in self._swim.live()}
         return {site: summary for site, summary in summaries.items() if summary is not None}
 
+    def links(self) -> dict[str, LinkReport]:
+        """What is known of the link to every live site."""
+        return self._distances.reports(self._swim.live())
+
+    def coordinate(self) -> Coordinate:
+        """Where this site is, as `coordinates` has it."""
+        return self._distances.coordinates.own()
+
+    def transferred(self, site: str, size_bytes: int, seconds: float, now: float) -> None:
+        """So many bytes reached `site` in so many seconds: the link's bandwidth is taken from such transfers."""
+        self._distances.links.transferred(site, size_bytes, seconds, now)
+
+    def bandwidth_probe(self, now: float) -> str | None:
+        """A site to which a short transfer should be timed now (rarely), or None; answer with `transferred`."""
+        return self._distances.links.to_probe(now)
+
     # ---------------------------------------------------------------- messages
 
     def _on_ping(self, sender: Sender, source: str, message: Ping, now: float) -> None:
         self._swim.ping(sender, source, message)
 
     def _on_ack(self, sender: Sender, source: str, message: Ack, now: float) -> None:
-        self._swim.ack(sender, message, now)
+        rtt_s = self._swim.ack(sender, message, now)
+        if rtt_s is not None:
+            self._distances.answered(sender.site, message.where, rtt_s, now)
 
     def _on_nack(self, sender: Sender, source: str, message: Nack, now: float) -> None:
         self._swim.nack(sender, message)
@@ -461,6 +480,8 @@ class GossipCore:
                 self._swim.restarted(owner)
                 self._events.append(Event("restarted", owner))
             self._events.append(Event("updated", owner, message.key))
+            if message.key == COORDINATES:
+                self._distances.heard(owner, self._state.value(owner, COORDINATES))
             self._spread.told(message, sender.site)
             if not message.hops:
                 self._reconciler.learnt()
@@ -619,6 +640,8 @@ class GossipCore:
         self._push_soon(now)
 
     def _queue(self, address: str, message: Message) -> None:
+        if type(message) is Ack:
+            message = Ack(message.seq, self._distances.where())
         self._outbox.setdefault(address, []).append(pack_message(message))
 
     # ---------------------------------------------------------------- membership
@@ -628,16 +651,18 @@ class GossipCore:
 
     def _forget(self, site: str) -> None:
         self._state.forget(site)
+        self._distances.forget(site)
         self._spread.forget(site)
         self._reconciler.forget(site)
 
-    def _publish_links(self, now: float) -> None:
-        """Tell the mesh what we measure, when it has changed enough to matter."""
-        self._timers.at(now + self._t.links_s, self._publish_links)
-        links = self._links.changed(self.rtts())
-        if links is not None and self._state.publish(LINKS, links):
-            self._spread.publish(self.site, LINKS, self._others(), urgent=False)
-            self._events.append(Event("updated", self.site, LINKS))
+    def _publish_distances(self, now: float) -> None:
+        """Tell the mesh what we measure and where we are, when it has changed enough to matter."""
+        others = self._others()
+        self._timers.at(now + self._distances.look_gap_s(others, self._t.links_s), self._publish_distances)
+        for key, value in self._distances.news(self._swim.live(), now):
+            if self._state.publish(key, value):
+                self._spread.publish(self.site, key, others, urgent=False)
+                self._events.append(Event("updated", self.site, key))
 
 
 def _fitting(packed: list[bytes], room_bytes: int) -> list[bytes]:

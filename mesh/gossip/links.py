@@ -1,41 +1,252 @@
-"""When the measured links of a peer have changed enough to be published again."""
+"""The links of one site: what it measures, what of that it tells the mesh, and how often.
+
+Up to `WHOLE_MATRIX` sites everybody publishes all links, so the measured matrix is known to all. Above, a site
+publishes its nearest, a sample drawn by a hash of the pair so that both ends draw it, and paths that it finds broken;
+coordinates fill the rest. What is published is worth `BUDGET_BYTES_S` to each receiver, all sites together, whatever
+their number; a path that breaks or heals may go into debt.
+
+The document under "links" is {site: [minimum, median and jitter in us, loss in thousandths, out, in, bytes/s]}; each
+may be None where it is not known. `read` takes such documents from others, and believes no figure that cannot be.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections import deque
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from statistics import median
+from typing import Any, Final
+
+import msgpack
 
 from mesh.gossip.rtt import Rtt
 
+#: Sites up to which the measured matrix itself is gossiped: 64 times 63 links are about 120 KB in all.
+WHOLE_MATRIX: Final = 64
+#: What a site publishes above that.
+NEAREST, SAMPLE, BROKEN = 16, 8, 8
 #: Below this a change of RTT or jitter is scheduling noise.
-NOISE_S = 0.5e-3
+NOISE_S: Final = 0.5e-3
+#: What the link entries of all sites together may cost each receiver; a tenth of what a quiet mesh may spend.
+BUDGET_BYTES_S: Final = 200.0
+#: Documents that may go out at once in a new mesh, and how many a broken path may borrow.
+BURST, DEBT = 6, 3
+#: What an entry costs on the wire beside its value: names, version, proof.
+OVERHEAD_BYTES: Final = 150
+#: A smaller transfer is latency more than bandwidth.
+LEAST_TRANSFER_BYTES: Final = 64 * 1024
+#: Transfers remembered by site, and sites with transfers.
+TRANSFERS, MAX_TRANSFERRED = 8, 1024
+#: A link without a recent transfer is probed at most so often, and one site at most every `PROBE_GAP_S`.
+BANDWIDTH_AGE_S, PROBE_GAP_S = 6 * 3600.0, 600.0
+#: Bounds of what is believed.
+MAX_RTT_S, MAX_BANDWIDTH, MAX_LINKS = 60.0, 1e13, 1024
+
+
+@dataclass(frozen=True, slots=True)
+class LinkReport:
+    """What one end says of a link; None where it does not know.
+
+    `out`: whether what it sends arrives; `into`: whether it hears the other. `bandwidth` is bytes/s out.
+    """
+
+    min_s: float | None = None
+    median_s: float | None = None
+    jitter_s: float = 0.0
+    loss: float = 0.0
+    out: bool | None = None
+    into: bool | None = None
+    bandwidth: float | None = None
+
+    @classmethod
+    def of(cls, rtt: Rtt | None, out: bool | None, into: bool | None, bandwidth: float | None) -> LinkReport:
+        """From what is measured here."""
+        if rtt is None:
+            return cls(out=out, into=into, bandwidth=bandwidth)
+        return cls(rtt.min_s, rtt.median_s, rtt.jitter_s, rtt.loss, out, into, bandwidth)
+
+    @property
+    def cut(self) -> bool:
+        """Whether either direction is known not to work."""
+        return self.out is False or self.into is False
+
+    def differs(self, other: LinkReport) -> bool:
+        """Whether the minimum moved by more than 5 %, the jitter by more than a half (or 5 % of the minimum), the loss
+        by more than 0.1, the bandwidth by more than a half."""
+        if (self.min_s is None) != (other.min_s is None) or (self.bandwidth is None) != (other.bandwidth is None):
+            return True
+        least_s = self.min_s or 0.0
+        moved = abs(least_s - (other.min_s or 0.0)) > max(NOISE_S, 0.05 * least_s)
+        spread = abs(self.jitter_s - other.jitter_s) > max(2 * NOISE_S, 0.5 * self.jitter_s, 0.05 * least_s)
+        rate = abs((self.bandwidth or 0.0) - (other.bandwidth or 0.0)) > 0.5 * (self.bandwidth or 0.0)
+        return moved or spread or rate or abs(self.loss - other.loss) > 0.1
+
+    def row(self) -> list[Any]:
+        """The document's row."""
+        return [
+            None if self.min_s is None else round(1e6 * self.min_s),
+            None if self.median_s is None else round(1e6 * self.median_s),
+            round(1e6 * self.jitter_s),
+            round(1e3 * self.loss),
+            self.out,
+            self.into,
+            None if self.bandwidth is None else round(self.bandwidth),
+        ]
+
+
+def read(document: object) -> dict[str, LinkReport]:
+    """What a peer says of its links. Rows that no honest peer writes are left out."""
+    if not isinstance(document, Mapping) or len(document) > MAX_LINKS:
+        return {}
+    reports = {}
+    for site, row in document.items():
+        try:
+            least, middle, jitter, loss, out, into, bandwidth = row
+            reports[str(site)] = LinkReport(
+                _within(least, 1e6 * MAX_RTT_S, 1e6),
+                _within(middle, 1e6 * MAX_RTT_S, 1e6),
+                _within(jitter, 1e6 * MAX_RTT_S, 1e6) or 0.0,
+                _within(loss, 1e3, 1e3) or 0.0,
+                _truth(out),
+                _truth(into),
+                _within(bandwidth, MAX_BANDWIDTH, 1.0) or None,
+            )
+        except (TypeError, ValueError, OverflowError):
+            continue
+    return reports
+
+
+def _within(value: object, most: float, per: float) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
+        raise ValueError("out of bounds")
+    return float(value) / per
+
+
+def _truth(value: object) -> bool | None:
+    if value is None or isinstance(value, bool):
+        return value
+    raise ValueError("not a truth value")
+
+
+def shared_draw(one: str, other: str) -> bytes:
+    """A number for a pair, the same at both ends: the smallest are the pairs that both ends publish."""
+    return blake2b("\n".join(sorted((one, other))).encode(), digest_size=8).digest()
+
+
+class Pace:
+    """A purse of bytes: what may be published now, so that all sites together cost each receiver a fixed rate."""
+
+    def __init__(self, budget_bytes_s: float) -> None:
+        """`budget_bytes_s` is for all sites together."""
+        self._budget_bytes_s = budget_bytes_s
+        self._spent = 0.0
+        self._since_s = -math.inf
+
+    def pay(self, size_bytes: int, sites: int, now: float, *, urgent: bool = False) -> bool:
+        """Pay for a document that `sites` sites publish alike, if the purse allows it; what is urgent may borrow."""
+        if self._spent > 0:
+            earned = max(0.0, now - self._since_s) * self._budget_bytes_s / max(1, sites)
+            self._spent = max(0.0, self._spent - earned)
+        self._since_s = now
+        if self._spent + size_bytes > (BURST + (DEBT if urgent else 0)) * size_bytes:
+            return False
+        self._spent += size_bytes
+        return True
+
+
+@dataclass(slots=True)
+class _Transfers:
+    rates: deque[float] = field(default_factory=lambda: deque(maxlen=TRANSFERS))
+    last_s: float = -math.inf
 
 
 class Links:
-    """The links last published, and whether new measurements differ from them."""
+    """The links last published, the transfers seen, and whether new measurements are worth telling."""
 
-    def __init__(self) -> None:
-        self._published: dict[str, Rtt] | None = None
+    def __init__(self, site: str) -> None:
+        """`site` is our own name."""
+        self._site = site
+        self._published: dict[str, LinkReport] | None = None
+        self._pace = Pace(BUDGET_BYTES_S)
+        self._transfers: dict[str, _Transfers] = {}
+        self._probed_s = -math.inf
 
-    def changed(self, rtts: Mapping[str, Rtt]) -> dict[str, Any] | None:
-        """The document {site: {"rtt_s", "jitter_s", "loss"}} to publish, or None if the last one still holds.
+    def transferred(self, site: str, size_bytes: int, seconds: float, now: float) -> None:
+        """So many bytes reached `site` in so many seconds. Small and impossible transfers are ignored."""
+        if size_bytes < LEAST_TRANSFER_BYTES or not 0 < seconds < math.inf or size_bytes / seconds > MAX_BANDWIDTH:
+            return
+        if site not in self._transfers and len(self._transfers) >= MAX_TRANSFERRED:
+            del self._transfers[next(iter(self._transfers))]
+        transfers = self._transfers.setdefault(site, _Transfers())
+        transfers.rates.append(size_bytes / seconds)
+        transfers.last_s = now
 
-        It still holds while the same sites are measured, their minimum moved by less than 5 %, their jitter by less
-        than a half (or 5 % of the minimum) and their loss by less than 0.1.
+    def bandwidth(self, site: str) -> float | None:
+        """Bytes/s to a site: the median of the last transfers; None before the first."""
+        transfers = self._transfers.get(site)
+        return median(transfers.rates) if transfers is not None else None
+
+    def to_probe(self, now: float) -> str | None:
+        """A published link whose bandwidth nobody has seen for hours, at most one every ten minutes.
+
+        Whoever asks sends it a short transfer and says so by `transferred`.
         """
+        if now - self._probed_s < PROBE_GAP_S:
+            return None
+        for site, report in sorted((self._published or {}).items()):
+            seen = self._transfers.get(site)
+            if not report.cut and (seen is None or now - seen.last_s > BANDWIDTH_AGE_S):
+                self._probed_s = now
+                return site
+        return None
+
+    def forget(self, site: str) -> None:
+        """A site is gone."""
+        self._transfers.pop(site, None)
+
+    def changed(self, reports: Mapping[str, LinkReport], now: float) -> dict[str, Any] | None:
+        """The document to publish, or None if the last one still holds, or another would cost too much now."""
+        chosen = self._chosen(reports)
         old = self._published
-        if not rtts and old is None:
+        if old is None and not chosen:
             return None
-        if old is not None and old.keys() == rtts.keys() and not any(_differs(old[s], rtts[s]) for s in rtts):
+        urgent = old is not None and any(site in old and old[site].cut != said.cut for site, said in chosen.items())
+        if old is not None and not urgent and not self._differ(old, chosen, reports):
             return None
-        self._published = dict(rtts)
-        return {
-            site: {"rtt_s": round(rtt.min_s, 6), "jitter_s": round(rtt.jitter_s, 6), "loss": round(rtt.loss, 3)}
-            for site, rtt in sorted(rtts.items())
-        }
+        document = {site: report.row() for site, report in sorted(chosen.items())}
+        size_bytes = len(msgpack.packb(document)) + OVERHEAD_BYTES
+        if not self._pace.pay(size_bytes, len(reports) + 1, now, urgent=urgent):
+            return None
+        self._published = chosen
+        return document
+
+    def _differ(self, old: Mapping[str, LinkReport], new: Mapping[str, LinkReport], reports: Collection[str]) -> bool:
+        if any(site in old and said.differs(old[site]) for site, said in new.items()):
+            return True
+        gone = [site for site in old if site not in reports]
+        swapped = len(new.keys() - old.keys())
+        # Above the whole matrix two sites that are equally near may change places with every probe.
+        return bool(gone) or len(new) > len(old) or swapped > (0 if len(reports) <= WHOLE_MATRIX else NEAREST // 4)
+
+    def _chosen(self, reports: Mapping[str, LinkReport]) -> dict[str, LinkReport]:
+        known = {site: said for site, said in reports.items() if said.min_s is not None or said.cut}
+        if len(reports) < WHOLE_MATRIX:
+            return known
+        return {site: known[site] for site in choose(self._site, known)}
 
 
-def _differs(old: Rtt, new: Rtt) -> bool:
-    moved = abs(new.min_s - old.min_s) > max(NOISE_S, 0.05 * old.min_s)
-    spread = abs(new.jitter_s - old.jitter_s) > max(2 * NOISE_S, 0.5 * old.jitter_s, 0.05 * old.min_s)
-    return moved or spread or abs(new.loss - old.loss) > 0.1
+def choose(site: str, known: Mapping[str, LinkReport]) -> list[str]:
+    """Which of many links a site publishes: the nearest, the sample it shares with the other ends, some broken ones."""
+
+    def draw(other: str) -> bytes:
+        return shared_draw(site, other)
+
+    measured = sorted(other for other, said in known.items() if said.min_s is not None)
+    nearest = sorted(measured, key=lambda other: known[other].min_s or 0.0)[:NEAREST]
+    sample = sorted(set(measured) - set(nearest), key=draw)[:SAMPLE]
+    broken = sorted((other for other, said in known.items() if said.cut), key=draw)[:BROKEN]
+    return sorted({*nearest, *sample, *broken})

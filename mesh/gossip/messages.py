@@ -26,9 +26,10 @@ class Ping(NamedTuple):
 
 
 class Ack(NamedTuple):
-    """The probe `seq` succeeded, directly or through the sender."""
+    """The probe `seq` succeeded, directly or through the sender, whose packed coordinate is `where` (empty: none)."""
 
     seq: int
+    where: bytes = b""
 
 
 class Nack(NamedTuple):

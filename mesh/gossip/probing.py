@@ -162,16 +162,18 @@ class Prober:
         self._waiting[self._seq] = waiting
         return self._seq
 
-    def ack(self, sender: Sender, seq: int, now: float) -> None:
-        """An answer to one of our pings, or a helper's good news."""
+    def ack(self, sender: Sender, seq: int, now: float) -> float | None:
+        """An answer to one of our pings, or a helper's good news. The round trip in seconds, where it tells one."""
         waiting = self._waiting.get(seq)
         if waiting is None or waiting.site not in ("", sender.site):
-            return
+            return None
+        rtt_s = None
         del self._waiting[seq]
         peer = self._own.roster.get(sender.site)
         direct = waiting.why not in ("helper", "stream")
         if peer is not None and direct and peer.address == sender.address:
-            peer.rtt.answered(now - waiting.sent_s)
+            rtt_s = now - waiting.sent_s
+            peer.rtt.answered(rtt_s)
             peer.reach.came_back(now)
             if peer.recheck is not None:
                 peer.recheck.cancel()
@@ -183,6 +185,7 @@ class Prober:
         if waiting.relay is not None:
             self._own.send(waiting.relay[0], Ack(waiting.relay[1]))
         self._answered(waiting, sender, now)
+        return rtt_s
 
     def nack(self, sender: Sender, seq: int) -> None:
         """A helper is well but could not reach the target: the fault is not with us."""

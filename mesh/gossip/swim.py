@@ -202,9 +202,9 @@ class Swim:
         if message.target in ("", self.site):
             self._own.send(source, Ack(message.seq))
 
-    def ack(self, sender: Sender, message: Ack, now: float) -> None:
-        """An answer to one of our pings, or a helper's good news."""
-        self._prober.ack(sender, message.seq, now)
+    def ack(self, sender: Sender, message: Ack, now: float) -> float | None:
+        """An answer to one of our pings, or a helper's good news. The round trip in seconds, where it tells one."""
+        return self._prober.ack(sender, message.seq, now)
 
     def nack(self, sender: Sender, message: Nack) -> None:
         """A helper is well but could not reach the target: the fault is not with us."""

@@ -12,15 +12,18 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from mesh.errors import PeerUnreachable
+from mesh.gossip.distances import COORDINATES, LINKS, read_coordinate
+from mesh.gossip.links import read
 from mesh.jobs.peers import PeerCalls
 from mesh.peer.calls import RemotePeer
+from mesh.peer.pairs import links_between
 from topology.displace import RunningJob
-from topology.snapshot import Device, Link, Site, Snapshot
+from topology.snapshot import Device, Site, Snapshot
 
 logger = logging.getLogger(__name__)
 
 #: Bounds of what a peer may say of itself: beyond them lies a mistake or a lie.
-MAX_DEVICES, MAX_BYTES, MAX_SPEED, MAX_RTT_S = 64, 1 << 46, 1e18, 60.0
+MAX_DEVICES, MAX_BYTES, MAX_SPEED = 64, 1 << 46, 1e18
 MAX_PRIORITY = 100
 #: What reading a document that is not what it should be can raise.
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
@@ -53,7 +56,7 @@ class MeshView:
         self._peers: dict[str, RemotePeer] = {}
 
     def snapshot(self) -> Snapshot:
-        """Every present site whose capabilities are known, and every measured link between them."""
+        """Every present site whose capabilities are known, and the links between them, measured or estimated."""
         present = {member.site for member in self._gossip.members() if member.state in PRESENT} | {self.site}
         loads = self._gossip.entries("load")
         sites = []
@@ -63,11 +66,11 @@ class MeshView:
                     sites.append(_site(name, entry, loads.get(name, {})))
                 except MALFORMED as error:
                     logger.warning("the capabilities that %s publishes are left out: %s", name, error)
-        links = []
-        for source, entry in self._gossip.entries("links").items():
-            if source in present and isinstance(entry, Mapping):
-                links += [link for target in sorted(entry) if (link := _link(source, target, entry[target]))]
-        return Snapshot(tuple(sites), tuple(links))
+        reports = {site: read(entry) for site, entry in self._gossip.entries(LINKS).items()}
+        entries = self._gossip.entries(COORDINATES).items()
+        coordinates = {site: at for site, entry in entries if (at := read_coordinate(entry)) is not None}
+        names = [site.name for site in sites]
+        return Snapshot(tuple(sites), links_between(names, self.site, reports, coordinates))
 
     def running(self) -> Mapping[str, tuple[str, RunningJob]]:
         """The jobs that present peers tell of: owner and what it says of the job, by job id."""
@@ -158,17 +161,3 @@ def _device(entry: Mapping[str, Any], free: Mapping[str, Any]) -> Device:
         memory_bandwidth=_number(entry["memory_bandwidth"], MAX_SPEED),
         reserve=_number(entry["reserve"], 1.0),
     )
-
-
-def _link(source: str, target: str, entry: Any) -> Link | None:
-    try:
-        return Link(
-            source,
-            str(target),
-            rtt_s=_number(entry["rtt_s"], MAX_RTT_S),
-            jitter_s=_number(entry.get("jitter_s", 0.0), MAX_RTT_S),
-            loss=_number(entry.get("loss", 0.0), 1.0),
-        )
-    except MALFORMED as error:
-        logger.warning("the link from %s to %s is left out: %s", source, target, error)
-        return None

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from mesh.gossip import codec, config
 from mesh.gossip.codec import Codec, pack_message, pack_sender
 from mesh.gossip.config import GossipConfig
+from mesh.gossip.coordinates import Coordinate
 from mesh.gossip.core import GossipCore
 from mesh.gossip.members import STATES, Claim
 from mesh.gossip.messages import (
@@ -43,9 +44,11 @@ claims = st.builds(Claim, names, addresses, st.sampled_from(STATES), counters, s
 held = st.dictionaries(names, counters, max_size=4)
 generations = st.integers(0, config.MAX_COUNTER)
 places = st.lists(st.integers(0, 15), min_size=1, max_size=9, unique=True).map(bytes)
+coordinates = st.lists(st.floats(0, 1.5, width=32), min_size=10, max_size=10)
+wheres = coordinates.map(lambda values: Coordinate(tuple(values[:8]), values[8], values[9]).pack())
 messages = st.one_of(
     st.builds(Ping, sequences, st.one_of(st.just(""), names)),
-    st.builds(Ack, sequences),
+    st.builds(Ack, sequences, st.just(b"") | wheres),
     st.builds(Nack, sequences),
     st.builds(PingRequest, sequences, names, addresses, st.integers(1, 30_000)),
     st.builds(Rumour, claims, st.booleans()),

@@ -8,7 +8,6 @@ import pytest
 
 from mesh.errors import ConfigError
 from mesh.gossip.config import GossipConfig, join_address, split_address, valid_address
-from mesh.gossip.links import Links
 from mesh.gossip.members import Claim
 from mesh.gossip.rtt import WINDOW, Rtt, RttWindow
 from mesh.gossip.rumours import Rumours
@@ -124,16 +123,6 @@ def test_rumours_respect_the_room():
         rumours.add(Claim(site, "a:1", "alive", 1), site.encode() * 10, 3)
     assert len(rumours.take(25)) == 2
     assert rumours.take(5) == []
-
-
-def test_links_are_published_again_only_when_they_moved():
-    links = Links()
-    assert links.changed({}) is None
-    assert links.changed({"a": Rtt(0.1, 0.1, 0.001, 4)}) == {"a": {"rtt_s": 0.1, "jitter_s": 0.001, "loss": 0.0}}
-    assert links.changed({"a": Rtt(0.102, 0.11, 0.0012, 9)}) is None
-    assert links.changed({"a": Rtt(0.12, 0.12, 0.001, 9)}) is not None
-    assert links.changed({"a": Rtt(0.12, 0.12, 0.001, 9, 0.5)}) is not None
-    assert links.changed({}) == {}
 
 
 @pytest.mark.parametrize("address", ["10.0.0.1:7700", "[::1]:7700", "ams.example.org:1"])

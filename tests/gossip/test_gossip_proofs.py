@@ -139,7 +139,7 @@ def test_a_stream_is_answered_by_what_would_have_been_sent_back():
     target = core()
     request = CODEC.join_stream(pack_sender(head("a")), [pack_message(Ping(7, "me"))])
     answer = CODEC.decode_stream(target.serve_stream(request, "a:1", 1.0, "a"), "me")
-    assert Ack(7) in answer.messages
+    assert any(isinstance(message, Ack) and message.seq == 7 for message in answer.messages)
     assert all(address != "a:1" for address, _ in target.datagrams(1.0))
 
 

@@ -41,7 +41,7 @@ def test_present_sites_with_their_load_and_links_make_the_snapshot():
         {
             "capabilities": {"a": capabilities(), "b": capabilities()},
             "load": {"b": {"cpu0": 250}},
-            "links": {"a": {"b": {"rtt_s": 0.02, "jitter_s": 0.001, "loss": 0.0}}},
+            "links": {"a": {"b": [20_000, 21_000, 1_000, 0, True, True, None]}},
         }
     ).snapshot()
     assert [site.name for site in snapshot.sites] == ["a", "b"]
