@@ -234,9 +234,11 @@ class SiteIdentity:
     def take(self, handover: bytes, now: float) -> bool:
         """Take what `handover` made for us. True if the ring is newer than ours. Raises Damaged, ConfigError."""
         document_bytes, document, ring = read_handover(handover, self.key, self.anchor)
-        if document.version < self.document.version or ring.version <= self.ring.version:
+        if document.version < self.document.version:
             return False
         self.take_document(document_bytes)
+        if ring.version <= self.ring.version:
+            return False
         self.ring = self.ring.replaced_by(ring, now)
         self._save_ring()
         return True

@@ -117,3 +117,11 @@ def test_a_crash_between_the_ring_and_the_document_heals(cluster):
     (cluster.authority.folder / "document").write_bytes(document)
     assert cluster.oslo.take(cluster.authority.handover(cluster.oslo.certificate.der, cluster.now), cluster.now)
     assert cluster.oslo.ring.version == cluster.oslo.document.ring_version == 2
+
+
+def test_a_handover_brings_a_newer_document_also_where_the_ring_is_the_same(cluster):
+    lima = cluster.join("lima")
+    token = lima.verify_token(cluster.authority.create_token("ada", "submit", cluster.now), cluster.now)
+    cluster.authority.revoke_token(token.id, cluster.now)
+    assert not lima.take(cluster.authority.handover(lima.certificate.der, cluster.now), cluster.now)
+    assert lima.document.revoked_tokens == (token.id,)
