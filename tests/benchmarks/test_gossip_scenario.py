@@ -81,7 +81,7 @@ def test_profiles_differ_in_nothing_but_the_algorithm(capsys):
         (["--minutes", "-1"], "--minutes"),
         (["--minutes", "nan"], "--minutes"),
         (["--loss", "2"], "--loss"),
-        (["--speed", "9"], "--speed"),
+        (["--speed=9"], "--speed"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(capsys, arguments, says):
