@@ -48,7 +48,8 @@ figures (times in virtual seconds; null where one does not apply, or where so mu
                       mean over the sites, and the busiest site
   coordinate_error    |estimate - RTT| / RTT over all pairs, at the end of the quiet part, against the file
   events              reports about members after the warm-up, by all sites; events_by_kind
-  join_s              from the start of the first site until every site sees every site alive
+  join_s              from the start of the first site until every site sees every site alive; null for more than 100
+                      sites, which know each other from the start
   trace_sha256        of every delivery and every event, in order
 
 a run: start and warm-up of 30 s (not part of M), a quarter of M quiet (at most 60 s), a quarter of M with one changed

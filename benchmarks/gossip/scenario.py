@@ -2,7 +2,8 @@
 
 The timeline, in virtual time, of `--minutes M`:
 
-1. start: all sites begin within a second, each with three others as seeds; until every site sees every other alive;
+1. start: all sites begin within a second, each with three others as seeds; until every site sees every other alive.
+   More than `JOIN_MOST` know each other from the start, see `simulations.acquaint`;
 2. warm-up, `WARM_S`: paths are measured, coordinates settle. Start and warm-up do not count into M;
 3. quiet, a quarter of M, at most a minute: the bytes of `bytes_per_site_s` are those sent now;
 4. changes, a quarter of M, at most half a minute: an entry changes at a random site once a second; a third waits;
@@ -23,6 +24,7 @@ from benchmarks.gossip.measures import coordinate_error
 from benchmarks.gossip.watch import Report, Watch, first_reports, percentile, spread
 from mesh.errors import DeadlineExceeded
 from mesh.gossip.config import Timing
+from simulations.acquaint import acquaint
 from simulations.faults import Fault, Struck, strike
 from simulations.latency import Matrix
 from simulations.network import VirtualNetwork
@@ -30,6 +32,7 @@ from simulations.network import VirtualNetwork
 #: Everything of a fleet that is switched on starts within so long.
 START_S = 1.0
 SEEDS = 3
+JOIN_MOST = 100
 #: The slowest of the profiles exchanges full states once a minute.
 CONVERGED_WITHIN_S = 600.0
 WARM_S = 30.0
@@ -128,25 +131,33 @@ class _Run:
 
     # ---------------------------------------------------------------- the parts of a run
 
-    def _start(self) -> float:
+    def _start(self) -> float | None:
+        """Switch everybody on, wait until all see all, warm up. Seconds until then; None if they knew each other."""
         net, names = self._net, self._sites
         first_s = net.clock()
+        crowd = len(names) > JOIN_MOST
         for number, name in enumerate(names):
-            near = names[(number - 1) // 2] if number else None  # a tree, so that the seeds alone connect everybody
-            others = [
-                other for other in self._chance.sample(names, min(len(names), SEEDS)) if other not in (name, near)
-            ]
-            seeds = ([near] if near else []) + others[: SEEDS - 1]
+            seeds = [] if crowd else self._seeds(number)
             net.clock.at(first_s + START_S * number / len(names), self._spawn, name, seeds)
-        if not self._wait(self._all_alive, CONVERGED_WITHIN_S):
+        if crowd:
+            net.run_for(START_S)
+            acquaint(net)
+            self._watch.acquainted()
+        elif not self._wait(self._all_alive, CONVERGED_WITHIN_S):
             seen, pairs = self._watch.alive_pairs(), len(names) * (len(names) - 1)
             raise DeadlineExceeded(
                 f"seed {self._set.seed}: {CONVERGED_WITHIN_S:g} virtual seconds after the start "
                 f"{seen} of {pairs} pairs see each other"
             )
-        joined_s = net.clock() - first_s
+        joined_s = None if crowd else net.clock() - first_s
         net.run_for(WARM_S)
         return joined_s
+
+    def _seeds(self, number: int) -> list[str]:
+        """A tree, so that the seeds alone connect everybody, and two more."""
+        name, near = self._sites[number], self._sites[(number - 1) // 2]
+        others = self._chance.sample(self._sites, min(len(self._sites), SEEDS + 1))
+        return ([near] if number else []) + [other for other in others if other not in (name, near)][: SEEDS - 1]
 
     def _spawn(self, name: str, seeds: list[str]) -> None:
         self._net.spawn(name, seeds=seeds)
