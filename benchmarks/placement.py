@@ -3,6 +3,7 @@
 CASE is one of Helix' cases (machines in regions, measured tokens/s by layers held). It prints the layout chosen, its
 maximum flow, the mean network time of a token on the way that waits least, the front between the two, and a bound. Or
 it is DT-FM's file of cases (devices that train over regions): it prints the stages, their cost and the published cost.
+Or it is prima.cpp's home: it prints the plan of `topology.partition` for the 8B model.
 
 `--seed` and `--iterations` fix the answer; `--seconds` ends the search early, wherever it then stands.
 """
@@ -17,9 +18,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NoReturn
 
-from benchmarks import placement_dtfm
+from benchmarks import placement_dtfm, placement_prima
 from benchmarks.placement_case import CaseError, parse_case, read_document
 from mesh.cli.tables import say, table
 from mesh.errors import MeshError
@@ -29,6 +30,8 @@ from topology.flow_search import ITERATIONS, Placement, place
 
 #: Kept of `--seconds` for measuring the front with networkx.
 CLOSING_SHARE = 0.1
+#: A search longer than a day is a mistake in the option.
+LONGEST_S = 86_400.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,7 +56,12 @@ def _solved(options: argparse.Namespace, document: dict[str, Any]) -> dict[str, 
         return helix(document, seconds=options.seconds, seed=options.seed, iterations=options.iterations)
     if "cases" in document or "job" in document:
         return dtfm(document, seconds=options.seconds, seed=options.seed)
-    raise CaseError("$: not a known case: Helix' have nodes, links and device_profiles, DT-FM's job and cases")
+    if "devices" in document and "network" in document:
+        return placement_prima.answer(document)
+    raise CaseError(
+        "$: not a known case: Helix' have nodes, links and device_profiles, DT-FM's job and cases,"
+        " prima.cpp's devices and network"
+    )
 
 
 def helix(document: dict[str, Any], *, seconds: float, seed: int = 0, iterations: int = ITERATIONS) -> dict[str, Any]:
@@ -141,6 +149,17 @@ def _show(answer: dict[str, Any]) -> None:
         ]
         table(["case", "found", "published", "of it data parallel", "of it pipeline"], rows)
         return
+    if "stages" in answer:
+        say(f"{answer['case']}: {answer['model']}, {answer['token_ms']:.1f} ms a token predicted")
+        rows = [
+            [f"{stage['layers'][0]} to {stage['layers'][1] - 1}", f"{shard['site']}/{shard['device']}"]
+            for stage in answer["stages"]
+            for shard in stage["shards"]
+        ]
+        table(["layers", "device"], rows)
+        for sentence in answer["why"]:
+            say(sentence)
+        return
     say(f"{answer['case']}: {answer['why']}")
     say(f"bound {answer['bound_tokens_per_s']:.1f} tokens/s; searched {answer['seconds']:.1f} s")
     table(
@@ -153,24 +172,31 @@ def _show(answer: dict[str, Any]) -> None:
     table(["node", "layers"], [[name, f"{a} to {b - 1}"] for name, (a, b) in answer["layout"].items()])
 
 
-def _positive(text: str) -> float:
+def _seconds(text: str) -> float:
     value = float(text)
-    if not 0 < value < 1e6:
-        raise ValueError(text)
+    if not 0 < value <= LONGEST_S:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most {LONGEST_S:g}, not {text}")
     return value
 
 
 def _count(text: str) -> int:
     value = int(text)
-    if value < 0:
-        raise ValueError(text)
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 on, not {text}")
     return value
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.placement", description=__doc__.splitlines()[0])
+    parser = _Parser(prog="python -m benchmarks.placement", description=__doc__.splitlines()[0])
     parser.add_argument("case", type=Path, metavar="CASE.json")
-    parser.add_argument("--seconds", type=_positive, default=60.0, metavar="S", help="end the search by then")
+    parser.add_argument("--seconds", type=_seconds, default=60.0, metavar="S", help="end the search by then")
     parser.add_argument("--seed", type=_count, default=0, help="of the search's choices")
     parser.add_argument("--iterations", type=_count, default=ITERATIONS, metavar="N", help="proposals to try in all")
     parser.add_argument("--json", action="store_true", help="print the answer as JSON")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -109,12 +109,19 @@ class Chains:
         self._capacity = {pair: math.fsum(c for c, _ in found) / len(found) for pair, found in across.items()}
         self._ms = {pair: min(ms for _, ms in found) for pair, found in across.items()}
 
-    def best(self) -> Iterator[list[Chain]]:
+    def best(self, stop: Callable[[], bool] = lambda: False) -> Iterator[list[Chain]]:
         """For each number of crossings between regions the most that chains side by side pass, fewest crossings first.
 
-        Each region belongs to at most one of the chains. Empty where no chain holds all layers.
+        Each region belongs to at most one of the chains. Empty where no chain holds all layers. Once `stop` says so, no
+        further set of regions is looked at; all together come first.
         """
-        found = {names: chain for names in self._sets() if (chain := self._chain(names)) is not None}
+        found: dict[frozenset[int], Chain] = {}
+        for names in sorted(self._sets(), key=lambda names: len(names) < len(self.regions)):
+            if found and stop():
+                break
+            chain = self._chain(names)
+            if chain is not None:
+                found[names] = chain
         # (regions used, crossings) -> best choice of disjoint chains
         table: dict[tuple[frozenset[int], int], tuple[float, list[Chain]]] = {(frozenset(), 0): (0.0, [])}
         for names, chain in found.items():

@@ -134,7 +134,7 @@ class _Search:
         self.tried = 0
         self.met: list[Met] = []
 
-        self.starts = [self._laid(chains) for chains in self.chains.best()]
+        self.starts = [self._laid(chains) for chains in self.chains.best(stop)]
 
     def run(self, iterations: int) -> None:
         states = [self._state(start, end) for start, end in self.starts or [self._even()]]

@@ -219,3 +219,72 @@ def test_the_published_training_cases_cost_no_more_than_the_published_search(
     assert placement.main([str(path), "--json", "--seconds", "30"]) == 0
     for case in json.loads(capsys.readouterr().out)["cases"]:
         assert case["cost_s"] <= case["published_cost_s"] + 1e-9
+
+
+HOME: dict[str, Any] = {
+    "case": "home",
+    "devices": [
+        {"id": "D1", "ram_gib": 2.4, "gpu": "Metal", "vram_gib": None},
+        {"id": "D2", "ram_gib": 4.1, "gpu": "RTX3070", "vram_gib": 8},
+        {"id": "D3", "ram_gib": 1.9, "gpu": None, "vram_gib": None},
+    ],
+    "network": {"wifi_mbps": [320, 610], "latency_ms": [3, 7]},
+}
+
+
+def test_a_model_that_fits_one_machine_of_a_home_stays_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = run(HOME, tmp_path, capsys, "--json")
+    assert code == 0
+    answer = json.loads(out)
+    assert answer["stages"] == [{"layers": [0, 32], "shards": [{"site": "D2", "device": "RTX3070"}]}]
+    assert answer["devices"] == 1
+    assert run(HOME, tmp_path, capsys)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "place"),
+    [
+        ("devices", [{"id": "D1", "ram_gib": -1}], "$.devices[0].ram_gib"),
+        ("devices", [{"id": "D1", "ram_gib": 8, "gpu": "abacus"}], "$.devices[0].gpu"),
+        ("devices", [{"id": "D1", "ram_gib": 8}, {"id": "D1", "ram_gib": 8}], "$.devices[1].id"),
+        ("devices", [{"id": "D1", "ram_gib": 0.5}], "$.devices"),
+        ("network", {"wifi_mbps": [320, 610]}, "$.network.latency_ms"),
+    ],
+)
+def test_a_mistake_in_a_home_is_named(
+    part: str, value: Any, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run({**HOME, part: value}, tmp_path, capsys)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert f"case.json: {place}: " in err
+
+
+def test_prima_cpps_home_runs_the_8b_model_on_one_device(capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(__file__).parents[2] / ".." / "shared" / "data" / "placement" / "prima_cpp_home4.json"
+    if not path.exists():
+        pytest.skip("needs ../shared/data, figures of others that are not part of the project")
+    assert placement.main([str(path), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["stages"] == [{"layers": [0, 32], "shards": [{"site": "D3", "device": "2080Ti"}]}]
+    assert answer["token_ms"] == pytest.approx(answer["published_token_ms"]["llama.cpp"], rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--seconds", "0"],
+        ["--seconds", "nan"],
+        ["--seconds", "soon"],
+        ["--seed", "-1"],
+        ["--iterations", "x"],
+        ["--no"],
+    ],
+)
+def test_a_mistake_in_the_options_is_one_line(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        placement.main(["case.json", *options])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
