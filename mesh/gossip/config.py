@@ -74,7 +74,7 @@ class Timing:
     direct_default_s: float = 0.5
     direct_ceiling_s: float = 2.0
     suspicion_floor_s: float = 1.0
-    suspicion_spread: float = 2.0
+    suspicion_spread: float = 1.7
     suspicion_mult: float = 0.0
     confirmations: int = 3
     max_health: int = 3

@@ -126,12 +126,21 @@ class Prober:
 
     def patience_s(self, peer: Peer) -> float:
         """How long to wait for a direct answer of `peer`, as the path and our own health demand."""
+        return self.path_s(peer) * (1 if self._own.t.fixed else 1 + self._own.health)
+
+    def path_s(self, peer: Peer) -> float:
+        """How long a direct answer of `peer` takes at most, as its path was measured."""
         t = self._own.t
         if t.fixed:
             return t.direct_default_s
         floor_s, default_s, ceiling_s = t.direct_floor_s, t.direct_default_s, t.direct_ceiling_s
-        wait_s = peer.rtt.timeout_s(floor_s=floor_s, default_s=default_s, ceiling_s=ceiling_s)
-        return wait_s * (1 + self._own.health)
+        return peer.rtt.timeout_s(floor_s=floor_s, default_s=default_s, ceiling_s=ceiling_s)
+
+    def _quick_s(self, helper: Peer) -> float:
+        """How long a helper takes to answer when it is well: one that is slow itself must not hold up the verdict."""
+        summary = helper.rtt.summary()
+        usual_s = self.path_s(helper)
+        return usual_s if summary is None else min(usual_s, 1.5 * summary.min_s + 0.1)
 
     def ping(
         self,
@@ -240,8 +249,9 @@ class Prober:
         wait_s = budget_s = self.patience_s(peer)
         for helper in self._helpers(peer):
             if not t.fixed:  # what the helper needs to the target is at most both of our paths together
-                budget_s = self.patience_s(peer) + self.patience_s(helper)
-                wait_s = max(wait_s, budget_s + self.patience_s(helper))
+                quick_s = self._quick_s(helper)
+                budget_s = self.patience_s(peer) + quick_s
+                wait_s = max(wait_s, budget_s + quick_s)
             seq = self._expect(Waiting(helper.site, helper.address, now, "helper", probe))
             own.send(helper.address, PingRequest(seq, peer.site, peer.address, max(1, int(budget_s * 1000))))
             probe.helpers.append(helper.site)
@@ -294,8 +304,9 @@ class Prober:
             self._own.helped(False)
         if self._own.t.fixed:
             self._own.unwell(len(mute) if probe.helpers else 1)
-        else:
-            self._own.unwell(len(mute))
+        elif 2 * len(mute) > len(probe.helpers):
+            # One point, not one for each as in Lifeguard: a helper may be slow itself.
+            self._own.unwell(1)
         self._silent(peer, now)
 
     def _recheck(self, peer: Peer, now: float, delay_s: float) -> None:

@@ -289,7 +289,7 @@ class Verdicts:
             lone_s = least_s
         else:
             wanted = min(t.confirmations, others)
-            least_s = max(t.suspicion_floor_s, 3 * self._prober.patience_s(peer))
+            least_s = max(t.suspicion_floor_s, 3 * self._prober.path_s(peer))
             least_s = min(max(least_s, MAX_PATIENT_S), least_s * 4**peer.returns)
             # With two sites nobody can confirm: half way between haste and patience.
             lone_s = least_s * (1 + t.suspicion_spread) / 2
