@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Final
 
 from topology.archive import Archive
 from topology.balance import balance
@@ -13,11 +14,14 @@ from topology.constraints import CODES, Constraints
 from topology.cost import POLICIES, PREFILL_TOKENS, Fit, fit, kv_bytes, least_bytes
 from topology.model import ModelSpec
 from topology.objective import LIMITED_SLACKS, SLACKS, Key, excess, key
-from topology.picture import Node, Picture
+from topology.picture import Node, Path, Picture
 from topology.plan import Choice, Plan, Predicted, Shard, Stage, device_of
 from topology.ring import EXACT, rings
 
 Island = tuple[Node, ...]
+
+#: Places where a ring may begin that are tried, at most.
+ROTATIONS: Final = 12
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,7 @@ class Assembler:
         self.archive = Archive(constraints.wish)
         self.work = 0.0
         self._fits: dict[tuple[Island, str, bool, bool, int], Fit | None] = {}
+        self._alike: dict[tuple[object, Path], Fit | None] = {}
         self._ladders: dict[tuple[Island, str, bool, bool], tuple[Fit, ...]] = {}
         self._rings: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
         self._hops: dict[tuple[str, str, float], float] = {}
@@ -166,7 +171,9 @@ class Assembler:
         policies = [policy for policy in POLICIES if self._could_hold(islands, policy)]
         for ring in self.rings(islands) if policies else []:
             for policy in policies:
-                rotations = [ring[i:] + ring[:i] for i in range(len(ring))]
+                # Where a ring begins decides little but who holds the embedding and the head.
+                begins = range(0, len(ring), -(-len(ring) // ROTATIONS)) if len(ring) > ROTATIONS else range(len(ring))
+                rotations = [ring[i:] + ring[:i] for i in begins]
                 found = [self.ordered([islands[i] for i in order], policy) for order in rotations]
                 good = [candidate for candidate in found if candidate is not None]
                 if good:
@@ -248,6 +255,17 @@ class Assembler:
                 layers=layers,
             )
         return self._fits[key]
+
+    def middle(self, island: Island) -> Fit | None:
+        """The island in the middle of a ring, by speed or else so that it holds most; devices alike share an answer."""
+        key = tuple((node.site != island[0].site, node.speed, node.flops, node.usable_bytes) for node in island)
+        path = self.picture.path(island[0].site, island[0].site)
+        if len({node.site for node in island}) > 1:
+            return self._fit(island, "speed", False, False) or self._fit(island, "memory", False, False)
+        if (key, path) not in self._alike:
+            fits = [self._fit(island, policy, False, False) for policy in ("speed", "memory")]
+            self._alike[key, path] = max((f for f in fits if f), key=lambda f: f.capacity, default=None)
+        return self._alike[key, path]
 
     def ladder(self, island: Island, policy: str, first: bool, last: bool) -> tuple[Fit, ...]:
         """Ways to share an island out, the fastest first, each slower than the one before and for more layers.
@@ -348,7 +366,7 @@ class Assembler:
     def share(self, other: Assembler) -> None:
         """Use what another assembler of the same picture, model, context and number of requests has worked out."""
         self._fits, self._rings, self._hops = other._fits, other._rings, other._hops
-        self._ladders = other._ladders
+        self._ladders, self._alike = other._ladders, other._alike
 
 
 def coded_bytes(model: ModelSpec, code: str) -> float:

@@ -87,13 +87,12 @@ def clusters(picture: Picture, model: ModelSpec) -> list[frozenset[str]]:
     """
     graph: nx.Graph[str] = nx.Graph()
     graph.add_nodes_from(picture.sites)
-    for a, b in itertools.combinations(picture.sites, 2):
-        nodes = [*picture.nodes[a], *picture.nodes[b]]
-        path = slowest_path(picture, (picture.nodes[a][0], picture.nodes[b][0]))
-        slowest = min(node.speed for node in nodes)
-        most = decode_s(model, slowest) / model.layers
-        if path.reachable and path.measured and path.rtt_s < most and model.kv_heads > 1:
-            graph.add_edge(a, b, rtt=path.rtt_s)
+    most_s = {name: decode_s(model, picture.nodes[name][-1].speed) / model.layers for name in picture.sites}
+    for a, b in itertools.combinations(picture.sites, 2) if model.kv_heads > 1 else ():
+        there, back = picture.path(a, b), picture.path(b, a)
+        rtt_s = max(there.rtt_s, back.rtt_s)
+        if rtt_s < max(most_s[a], most_s[b]) and there.reachable and back.reachable and there.measured:
+            graph.add_edge(a, b, rtt=rtt_s)
     found: set[frozenset[str]] = set()
     # A dense mesh has more cliques than can be looked at: enough of them, in a fixed order.
     for clique in itertools.islice(nx.find_cliques(graph), MAX_CLUSTERS):

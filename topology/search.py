@@ -29,6 +29,11 @@ LISTED_FORCED: Final = 4096
 #: Work spent at most, in units of about 0.1 ms (`Assembler.work`): bounds planning to some seconds on any mesh.
 MAX_WORK: Final = 20_000
 
+#: Where there are more sites than this, the search ends when so many more of them have brought nothing better.
+LISTED_SITES: Final = 12
+IDLE_SIZES: Final = 3
+#: Layouts of a site of a large mesh that are all looked at.
+KEPT_LAYOUTS: Final = 6
 #: Seconds of a unit of work.
 WORK_S: Final = 1e-4
 
@@ -61,9 +66,12 @@ class Search:
         self.picture, self.model, self.constraints, self.strategy = picture, model, constraints, strategy
         self.assembler = Assembler(picture, model, context, constraints)
         self._found: dict[frozenset[str], Candidate | None] = {}
-        self._layouts = {name: self._site(name) for name in picture.sites}
+        self._large = len(picture.sites) > LISTED_SITES
+        self._few: dict[tuple[object, ...], list[int]] = {}
+        self._layouts = {name: self._fewer(name, self._site(name)) for name in picture.sites}
         self._clusters = self._near()
-        self._room = {name: sum(node.usable_bytes for node in picture.nodes[name]) for name in picture.sites}
+        self._room = {name: self._holds(name) for name in picture.sites}
+        self._needed = model.layers if self._large else self.assembler.least_bytes
 
     def run(self) -> Outcome:
         """Look at one site, then at pairs, and so on, as far as `min_latency` and the limits ask."""
@@ -71,9 +79,11 @@ class Search:
         proved = self._proved()
         best = min(filter(self.meets, proved), key=lambda candidate: candidate.cost(wish), default=None)
         fastest = min(proved, key=lambda candidate: candidate.cost("latency"), default=None)
-        if best is not None:
-            return Outcome(best, fastest, False)
+        if best is not None and not self.constraints.standbys:
+            return Outcome(best, fastest, False)  # with standbys the next best plans are wanted too: they need room
+        idle = 0
         for size in range(1, self._most_sites() + 1):
+            before = best
             for names in self._sets(size, best):
                 candidate = self.on(names)
                 if candidate is None:
@@ -83,6 +93,9 @@ class Search:
                 if self.meets(candidate) and (best is None or candidate.cost(wish) < best.cost(wish)):
                     best = candidate
             if (best is not None and wish == "fewest_sites") or self.exhausted:
+                break
+            idle = idle + 1 if best is not None and best is before else 0
+            if idle >= IDLE_SIZES and len(self.picture.sites) > LISTED_SITES:
                 break
         return Outcome(best, fastest, self.exhausted)
 
@@ -181,7 +194,7 @@ class Search:
         """Change one site's layout at a time while that helps, from the roomiest choice and from the fastest."""
         wish = self.constraints.wish
         starts = [
-            [max(block, key=lambda layout: (layout.usable_bytes, -len(layout.islands))) for block in blocks],
+            [max(block, key=self._roominess) for block in blocks],
             [max(block, key=lambda layout: sum(node.speed for node in layout.islands[0])) for block in blocks],
         ]
         best: Candidate | None = None
@@ -200,6 +213,10 @@ class Search:
                 best = here
         return best
 
+    def _roominess(self, layout: Layout) -> tuple[int, int]:
+        room = self._layers(layout) if self._large else layout.usable_bytes
+        return room, -len(layout.islands)
+
     def _site(self, name: str) -> Block:
         nodes = self.picture.nodes[name]
         if self.constraints.forced:
@@ -207,6 +224,52 @@ class Search:
         folded = name == self.picture.origin and self.constraints.private
         twice = folded_layouts(nodes, self.model, self.strategy) if folded else []
         return (*site_layouts(nodes, self.model, self.strategy), *twice)
+
+    def _fewer(self, name: str, block: Block) -> Block:
+        """On a large mesh the layouts that may matter: the fastest, the roomiest, and the fastest of the roomy ones.
+
+        Sites with the same devices and the same network inside have the same.
+        """
+        if not self._large or self.constraints.forced or len(block) <= KEPT_LAYOUTS:
+            return block
+        nodes = self.picture.nodes[name]
+        alike = tuple((node.speed, node.flops, node.usable_bytes) for node in nodes)
+        key = (alike, self.picture.path(name, name), len(block))
+        if key not in self._few:
+            figures = [(self._layers(layout), self._pace(layout), index) for index, layout in enumerate(block)]
+            able = [entry for entry in figures if entry[0]] or figures
+            most = max(layers for layers, _, _ in able)
+            kept = {index for index, layout in enumerate(block) if layout.widest}
+            kept.add(min((index for index, layout in enumerate(block) if layout.alone), default=0))
+            kept.add(min(able, key=lambda entry: (entry[1], entry[2]))[2])
+            kept.add(min(able, key=lambda entry: (-entry[0], entry[1], entry[2]))[2])
+            for part in (0.9, 0.75, 0.5):
+                roomy = [entry for entry in able if entry[0] >= part * most]
+                kept.add(min(roomy, key=lambda entry: (entry[1], entry[2]))[2])
+            kept.update(
+                i
+                for i, layout in enumerate(block)
+                if all(len(each) == 1 for each in layout.islands[-1:]) and len(layout.islands) == len(nodes)
+            )
+            self._few[key] = sorted(kept)
+        return tuple(block[index] for index in self._few[key])
+
+    def _pace(self, layout: Layout) -> float:
+        """Mean seconds of a layer where the layout is full."""
+        fits = [self.assembler.middle(island) for island in layout.islands]
+        held = [(each.capacity, each.layer_s + each.layer_network_s) for each in fits if each is not None]
+        layers = sum(count for count, _ in held)
+        return math.inf if len(held) < len(fits) or not layers else sum(n * s for n, s in held) / layers
+
+    def _holds(self, name: str) -> int:
+        """What a site can take of the model: bytes; on a large mesh layers, for whole layers fill memory badly."""
+        if not self._large:
+            return sum(node.usable_bytes for node in self.picture.nodes[name])
+        return max((self._layers(layout) for layout in self._layouts[name]), default=0)
+
+    def _layers(self, layout: Layout) -> int:
+        fits = [self.assembler.middle(island) for island in layout.islands]
+        return sum(each.capacity for each in fits if each is not None) if all(fits) else 0
 
     def _near(self) -> dict[frozenset[str], Block]:
         if self.strategy == "pipeline":
@@ -248,7 +311,7 @@ class Search:
 
     def _sets(self, size: int, best: Candidate | None) -> Iterator[frozenset[str]]:
         """Sets of sites that have the memory, and might be faster than what is found where only speed counts."""
-        least = self.assembler.least_bytes
+        least = self._needed
         roomiest = sorted(self._room.values(), reverse=True)
         if sum(roomiest[:size]) < least:
             return
@@ -293,14 +356,14 @@ class Search:
                 return
             for names in fresh:
                 seen.add(names)
-                if sum(self._room[name] for name in names) >= self.assembler.least_bytes:
+                if sum(self._room[name] for name in names) >= self._needed:
                     yield names
 
     def _grow(self, start: str, size: int, roomiest: Sequence[int]) -> frozenset[str] | None:
         names = [start]
         while len(names) < size:
             left = size - len(names) - 1
-            missing = self.assembler.least_bytes - sum(self._room[name] for name in names)
+            missing = self._needed - sum(self._room[name] for name in names)
             can = [s for s in self.picture.sites if s not in names and self._room[s] + sum(roomiest[:left]) >= missing]
             if not can:
                 return None

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from topology.archive import Archive
+from topology.around import WORK, around
 from topology.candidate import Candidate
 from topology.constraints import Constraints
 from topology.keep import kept, steadiest
@@ -88,6 +89,12 @@ def solve(
     if request.previous is not None:
         # Replicas recover by themselves: this is about one ring, which need not give the rate of all.
         request = replace(request, constraints=_one_ring(request.constraints, request.previous))
+    near = around(request.snapshot, request.previous)
+    if near is not None:
+        solution, outcome = solve(replace(request, snapshot=near), thorough=thorough, max_work=min(WORK, max_work))
+        if solution is not None:
+            line = f"planned again among the {len(near.sites)} sites that are left of the plan or near to it"
+            return replace(solution, extra=(*solution.extra, line)), outcome
     wishes = request.constraints
     outcome = Outcome(None, None, False)
     for asked, reserve in _attempts(request):
