@@ -81,7 +81,7 @@ def _shape(needs: int, layers: int, hidden: int) -> ModelSpec:
 
 
 def measure(snapshot: Snapshot, needs: int, objective: str) -> dict[str, Any]:
-    """Processor seconds (planning has one thread and waits for nothing) of a plan and of planning again after a loss, and what both came to."""
+    """Processor seconds of a plan and of a replan after a loss, for planning has one thread and waits for nothing."""
     spec = model(snapshot, needs)
     asked = Constraints(objective=objective, context=2048)
     row: dict[str, Any] = {

@@ -73,7 +73,7 @@ def _held_karp(cost: Matrix) -> tuple[int, ...]:
 
 
 def _tour(cost: Matrix) -> tuple[int, ...]:
-    """A good ring of many stages: nearest neighbours from some starts, each improved by moving runs of stages (Or 1976).
+    """A good ring of many stages: nearest neighbours from some starts, improved by moving runs of stages (Or 1976).
 
     Runs are never reversed: costs may be asymmetric. No randomness: the same costs give the same ring.
     """

@@ -246,11 +246,8 @@ class Search:
             for part in (0.9, 0.75, 0.5):
                 roomy = [entry for entry in able if entry[0] >= part * most]
                 kept.add(min(roomy, key=lambda entry: (entry[1], entry[2]))[2])
-            kept.update(
-                i
-                for i, layout in enumerate(block)
-                if all(len(each) == 1 for each in layout.islands[-1:]) and len(layout.islands) == len(nodes)
-            )
+            alone = [all(len(island) == 1 for island in layout.islands) for layout in block]
+            kept.update(i for i, layout in enumerate(block) if alone[i] and len(layout.islands) == len(nodes))
             self._few[key] = sorted(kept)
         return tuple(block[index] for index in self._few[key])
 
