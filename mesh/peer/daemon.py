@@ -25,7 +25,9 @@ import trio
 from mesh.devices.local import LocalDevice, discover
 from mesh.errors import AddressInUse, ConfigError, MeshError
 from mesh.gossip import Gossip, GossipConfig, open_gossip
+from mesh.gossip.absent import Known
 from mesh.gossip.config import join_address
+from mesh.gossip.sealing import REFUSALS
 from mesh.jobs.ledger import Ledger
 from mesh.jobs.model import SubprocessInspector
 from mesh.peer.bridge import Bridge
@@ -58,6 +60,8 @@ JOBS_TOLD_BYTES, MODEL_CHARACTERS_TOLD = 30_000, 64
 PORT_TRIES = 20
 #: The name of the mesh of peers without an identity.
 DEFAULT_CLUSTER = "isthmus"
+#: How often whom this peer knows is written down, if that changed.
+REMEMBER_S = 5.0
 #: How long a request of gossip's reliable path may take.
 STREAM_S = 5.0
 #: How long calls in progress may go on while the server stops.
@@ -135,8 +139,10 @@ class Peer:
         service: PeerService,
         devices: list[LocalDevice],
         cluster: Cluster | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self._cluster = cluster
+        self._guard = guard
         self._config = config
         self._gossip = gossip
         self._ledger = ledger
@@ -264,9 +270,14 @@ class Peer:
         """Recoveries of all jobs owned here."""
         return self._ledger.recoveries_total
 
-    def gossip_dropped_total(self) -> int:
-        """Datagrams that were not gossip."""
-        return int(self._gossip.dropped)
+    def gossip_refused_total(self) -> Mapping[str, int]:
+        """What gossip refused, by kind."""
+        counters = self._gossip.counters()
+        return {kind: counters[kind] for kind in REFUSALS}
+
+    def calls_refused_total(self) -> Mapping[str, int]:
+        """Calls refused, by the code of the error."""
+        return {} if self._guard is None else dict(self._guard.refused)
 
 
 @asynccontextmanager
@@ -330,6 +341,7 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
         credentials = no_credentials if cluster is None else cluster.credentials
         view = MeshView(config.site, gossip, service, lambda site, at: RemotePeer(at, credentials(site)))
         ledger = Ledger(config.site, view, inspector, nursery, publish_jobs)
+        guard = None if cluster is None else Guard(cluster.authenticate)
         peer = Peer(
             config=config,
             gossip=gossip,
@@ -338,13 +350,14 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
             service=service,
             devices=devices,
             cluster=cluster,
+            guard=guard,
         )
+        gossip.remember(data.known_peers(gossip_config.cluster))
         gossip.publish("capabilities", _capabilities(config, devices))
         peer.publish_load()
         bridge = Bridge()
         secured = None
-        if cluster is not None:
-            guard = Guard(cluster.authenticate)
+        if cluster is not None and guard is not None:
             office = IdentityServicer(bridge, cluster, gossip, guard, advertise)
             secured = Secured(cluster, guard, office)
         mesh_servicer = MeshServicer(bridge, ledger, view, peer.status, peer.elsewhere, credentials=credentials)
@@ -355,6 +368,7 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
                 cluster.leave_token(join_address(_local(host), port))
                 nursery.start_soon(cluster.run, gossip, view.remote)
             nursery.start_soon(_watch_members, gossip, ledger)
+            nursery.start_soon(_remember, gossip, data, config.site, gossip_config.cluster)
             if config.http is not None:
                 logger.info("HTTP at %s", await nursery.start(serve_http, build_app(peer), config.http))
             if config.join:
@@ -451,6 +465,21 @@ async def _watch_members(gossip: Gossip, ledger: Ledger) -> None:
             if event.kind in ("dead", "left"):
                 for coordinator in ledger:
                     coordinator.site_left(event.site)
+
+
+async def _remember(gossip: Gossip, data: DataDir, site: str, cluster: str) -> None:
+    """Keep whom this peer knows, so that a restart finds the mesh without its seeds."""
+    kept: list[Known] = []
+    while True:
+        await trio.sleep(REMEMBER_S)
+        known = gossip.known()
+        if known != kept:
+            data.keep_known_peers(cluster, known)
+            try:
+                data.record_incarnation(next((each.incarnation for each in known if each.site == site), 0))
+            except ConfigError as error:
+                logger.warning("%s", error)
+            kept = known
 
 
 async def _complain_if_alone(gossip: Gossip, seeds: tuple[str, ...]) -> None:

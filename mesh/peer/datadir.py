@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 
 from mesh.errors import ConfigError, DataDirInUse
+from mesh.gossip.absent import Known
+from mesh.gossip.snapshot_file import BadSnapshot, decode, encode
+
+logger = logging.getLogger(__name__)
 
 LOCK_FILE = "peer.lock"
 INCARNATION_FILE = "incarnation"
+KNOWN_FILE = "known_peers"
 _LARGEST_INCARNATION = 2**63 - 1
 
 
@@ -104,6 +110,23 @@ class DataDir:
         """Remember an incarnation taken while running (SWIM raises it to refute a suspicion). Never lowers it."""
         if self._read() < number <= _LARGEST_INCARNATION:
             self._keep(number)
+
+    def known_peers(self, cluster: str) -> list[Known]:
+        """Whom this peer knew when it last wrote it down; nobody where that is missing, damaged or of another mesh."""
+        try:
+            return decode(cluster, (self.path / KNOWN_FILE).read_bytes())
+        except FileNotFoundError:
+            return []
+        except (OSError, BadSnapshot) as error:
+            logger.warning("%s/%s is left out: %s", self.path, KNOWN_FILE, error)
+            return []
+
+    def keep_known_peers(self, cluster: str, known: Iterable[Known]) -> None:
+        """Write down whom this peer knows. A full disk costs no more than a line in the log."""
+        try:
+            write_atomically(self.path / KNOWN_FILE, encode(cluster, known))
+        except OSError as error:
+            logger.warning("%s", self._refused(error))
 
     def _read(self) -> int:
         try:

@@ -59,8 +59,12 @@ class Observer(Protocol):
         """Recoveries of jobs this site owns, since the daemon started."""
         ...
 
-    def gossip_dropped_total(self) -> int:
-        """Datagrams dropped as malformed or not meant for this site, since the daemon started."""
+    def gossip_refused_total(self) -> Mapping[str, int]:
+        """What gossip refused, by kind (`mesh.gossip.sealing.REFUSALS`), since the daemon started."""
+        ...
+
+    def calls_refused_total(self) -> Mapping[str, int]:
+        """Calls refused, by the code of the error, since the daemon started."""
         ...
 
 
@@ -94,9 +98,14 @@ class _PeerCollector(Collector):
         yield jobs
         yield CounterMetricFamily("isthmus_tokens", "Tokens generated.", value=observer.tokens_total())
         yield CounterMetricFamily("isthmus_recoveries", "Recoveries of jobs.", value=observer.recoveries_total())
-        yield CounterMetricFamily(
-            "isthmus_gossip_datagrams_dropped", "Datagrams dropped.", value=observer.gossip_dropped_total()
-        )
+        refused = CounterMetricFamily("isthmus_gossip_refused", "What gossip refused.", labels=["kind"])
+        for kind, count in sorted(observer.gossip_refused_total().items()):
+            refused.add_metric([kind], count)
+        yield refused
+        calls = CounterMetricFamily("isthmus_calls_refused", "Calls refused.", labels=["code"])
+        for code, count in sorted(observer.calls_refused_total().items()):
+            calls.add_metric([code], count)
+        yield calls
 
 
 def build_registry(observer: Observer) -> CollectorRegistry:

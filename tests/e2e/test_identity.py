@@ -163,3 +163,12 @@ def test_a_revoked_site_is_dead_to_the_others_and_cannot_come_back(cluster):
 def test_a_peer_without_an_identity_may_not_listen_beyond_loopback(tmp_path):
     done = command("up", "--data-dir", str(tmp_path / "x"), "--listen", "0.0.0.0:7799")
     assert done.returncode == 12
+
+
+def test_a_restarted_site_finds_the_mesh_by_itself_without_seeds_and_under_its_name(cluster):
+    ams, fra, _ = cluster
+    time.sleep(6)  # whom it knows is written down every five seconds
+    fra.end()
+    until(lambda: ams.members().get("fra") == "dead", "fra is not missed")
+    fra.up()
+    until(lambda: fra.members().get("ams") == "alive" and ams.members().get("fra") == "alive", fra.log.read_text())

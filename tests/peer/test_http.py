@@ -50,8 +50,11 @@ class Daemon:
     def recoveries_total(self) -> int:
         return 2
 
-    def gossip_dropped_total(self) -> int:
-        return 3
+    def calls_refused_total(self):
+        return {"identity": 2}
+
+    def gossip_refused_total(self):
+        return {"forged": 3, "replayed": 0}
 
 
 def _client(daemon: Daemon) -> httpx.AsyncClient:
@@ -105,7 +108,9 @@ async def test_metrics_are_read_anew_at_each_scrape() -> None:
         ("isthmus_jobs", "failed"): 1,
         ("isthmus_tokens_total", ""): 7,
         ("isthmus_recoveries_total", ""): 2,
-        ("isthmus_gossip_datagrams_dropped_total", ""): 3,
+        ("isthmus_gossip_refused_total", "forged"): 3,
+        ("isthmus_gossip_refused_total", "replayed"): 0,
+        ("isthmus_calls_refused_total", "identity"): 2,
     }
     assert _samples(second.text)[("isthmus_tokens_total", "")] == 9
 
