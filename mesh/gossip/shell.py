@@ -22,7 +22,9 @@ import trio
 from mesh.errors import AddressInUse, ConfigError
 from mesh.gossip.absent import Known
 from mesh.gossip.config import MAX_DATAGRAM_BYTES, GossipConfig, join_address, split_address, valid_address
+from mesh.gossip.coordinates import Coordinate
 from mesh.gossip.core import Event, GossipCore, StreamRequest
+from mesh.gossip.links import LinkReport
 from mesh.gossip.members import Member
 from mesh.gossip.proof import Prover
 from mesh.gossip.rtt import Rtt
@@ -94,6 +96,22 @@ class Gossip:
     def rtts(self) -> dict[str, Rtt]:
         """Site -> measured round trip, for every live site that has answered a probe."""
         return self._core.rtts()
+
+    def links(self) -> dict[str, LinkReport]:
+        """Site -> what is known of the link to it, for every live site: round trips, loss, directions, bandwidth."""
+        return self._core.links()
+
+    def coordinate(self) -> Coordinate:
+        """Where this site is among the others: `mesh.gossip.coordinates.estimate_s` of two gives their round trip."""
+        return self._core.coordinate()
+
+    def transferred(self, site: str, size_bytes: int, seconds: float) -> None:
+        """So many bytes reached `site` in so many seconds: the bandwidth of its link is taken from such transfers."""
+        self._core.transferred(site, size_bytes, seconds, self._clock())
+
+    def bandwidth_probe(self) -> str | None:
+        """A site to which a short transfer should be timed now (rarely), or None; answer with `transferred`."""
+        return self._core.bandwidth_probe(self._clock())
 
     def counters(self) -> Mapping[str, int]:
         """For metrics, all that were counted: sent, sent_bytes, received, syncs, stalls, send_errors, unresolved,

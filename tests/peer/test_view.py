@@ -7,7 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mesh.errors import PeerUnreachable
+from mesh.gossip.coordinates import DIMENSIONS, Coordinate
 from mesh.peer.view import MeshView
+from topology.model import ModelSpec
+from topology.partition import partition
 
 DEVICE = {
     "name": "cpu0", "kind": "cpu", "vendor": "amd", "memory_bytes": 1000, "free_bytes": 1000,
@@ -89,3 +92,25 @@ def test_whatever_a_peer_publishes_makes_a_snapshot(caps, load, links):
 def test_a_site_that_nobody_knows_has_no_peer():
     with pytest.raises(PeerUnreachable, match="atlantis"):
         view().peer("atlantis")
+
+
+def row(rtt_s):
+    return [round(1e6 * rtt_s), round(1e6 * rtt_s), 0, 0, True, True, None]
+
+
+def test_a_site_that_claims_to_be_next_to_everybody_attracts_no_job():
+    honest = "abcd"
+    words = {a: {b: row(0.05) for b in honest if b != a} | {"liar": row(0.2)} for a in honest}
+    words["liar"] = {a: row(0.0) for a in honest}
+    del words["c"]["liar"], words["d"]["liar"]  # two have not measured it yet: its word stands alone
+    centre = {"at": Coordinate((0.0,) * DIMENSIONS, 0.0, 0.0).pack()}
+    places = {a: {"at": Coordinate((0.0,) * DIMENSIONS, 0.025, 0.1).pack()} for a in honest} | {"liar": centre}
+    states = dict.fromkeys([*honest, "liar"], "alive")
+    size = {"memory_bytes": 400_000_000, "free_bytes": 400_000_000, "memory_bandwidth": 1e10}
+    claims = {"capabilities": {site: capabilities(**size) for site in states}}
+    model = ModelSpec("m", 12, 1024, 16, 8, 64, 4096, 1000, True, "float32", 256)
+    lied_to = view({**claims, "links": words, "coordinates": places}, states).snapshot()
+    plan = partition(lied_to, model)
+    used = {shard.site for stage in plan.stages for shard in stage.shards}
+    assert len(used) > 1
+    assert "liar" not in used
