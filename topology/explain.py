@@ -51,6 +51,10 @@ def why(request: Request, solution: Solution, displaces: tuple[str, ...] = ()) -
     if constraints.forced:
         lines.append(f"the shape was forced by stages={constraints.stages}, shards={constraints.shards}")
     lines += solution.extra
+    if chosen.identity == search.proved:
+        lines.append("it is the best of all plans for what was asked: every one was weighed")
+    elif not solution.cut_short and not constraints.forced:
+        lines.append("it was found by a search that cannot prove it the best; the bound above holds for every plan")
     if solution.cut_short:
         lines.append("the search was cut short by its budget: a better plan may exist")
     return (*lines, *picture.notes)

@@ -32,6 +32,8 @@ MAX_WORK: Final = 20_000
 #: Where there are more sites than this, the search ends when so many more of them have brought nothing better.
 LISTED_SITES: Final = 12
 IDLE_SIZES: Final = 3
+#: Objectives for which the exact program weighs every plan.
+PROVED: Final = ("latency", "first_token", "throughput")
 #: Layouts of a site of a large mesh that are all looked at.
 KEPT_LAYOUTS: Final = 6
 #: Seconds of a unit of work.
@@ -63,6 +65,7 @@ class Search:
         max_work: float = MAX_WORK,
     ) -> None:
         self._max_work = max_work
+        self.proved: tuple[object, ...] = ()  # the identity of the plan that was proved to be the best of all
         self.picture, self.model, self.constraints, self.strategy = picture, model, constraints, strategy
         self.assembler = Assembler(picture, model, context, constraints)
         self._found: dict[frozenset[str], Candidate | None] = {}
@@ -80,6 +83,8 @@ class Search:
         best = min(filter(self.meets, proved), key=lambda candidate: candidate.cost(wish), default=None)
         fastest = min(proved, key=lambda candidate: candidate.cost("latency"), default=None)
         if best is not None and not self.constraints.standbys:
+            if wish in PROVED and self.constraints.concurrency is None:
+                self.proved = best.identity
             return Outcome(best, fastest, False)  # with standbys the next best plans are wanted too: they need room
         idle = 0
         for size in range(1, self._most_sites() + 1):
