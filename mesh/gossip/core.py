@@ -157,6 +157,7 @@ class GossipCore:
             prove=self._proofs.prove,
             ask=self.ask,
             reaches=lambda helper, target: reaches(self._state.value(helper, LINKS), target),
+            estimate_s=lambda site: self._distances.estimate_s(self._state.value(site, COORDINATES)),
         )
 
     # ---------------------------------------------------------------- driving

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from mesh.gossip.config import Randomness
-from mesh.gossip.coordinates import Coordinate, Coordinates
+from mesh.gossip.coordinates import Coordinate, Coordinates, estimate_s
 from mesh.gossip.links import LinkReport, Links, Pace, read
 from mesh.gossip.members import Peer
 
@@ -53,6 +53,11 @@ class Distances:
         at = read_coordinate(value)
         if at is not None:
             self.coordinates.heard(site, at)
+
+    def estimate_s(self, value: object) -> float | None:
+        """The round trip to the site that published this coordinate, as likely as can be told from two coordinates."""
+        at = read_coordinate(value)
+        return None if at is None or not self.coordinates.probes else estimate_s(self.coordinates.own(), at)
 
     def forget(self, site: str) -> None:
         """A site is gone."""

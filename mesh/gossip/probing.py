@@ -51,17 +51,19 @@ class Prober:
         silent: Callable[[Peer, float], None],
         answered: Callable[[Waiting, Sender, float], None],
         reaches: Callable[[str, str], bool | None],
+        estimate_s: Callable[[str], float | None],
     ) -> None:
         """`alive(peer, now)`: there is evidence of its life. `silent(peer, now)`: a whole probe found none.
 
         `answered` follows answers to pings with a purpose of their own. `reaches(helper, target)`: whether the helper
-        says that it reaches the target, None where it does not say.
+        says that it reaches the target, None where it does not say. `estimate_s(site)`: a guess of an unmeasured RTT.
         """
         self._own = own
         self._alive = alive
         self._silent = silent
         self._answered = answered
         self._reaches = reaches
+        self._estimate_s = estimate_s
         self._order: list[str] = []
         self._listed: set[str] = set()
         self._last_target = ""
@@ -134,7 +136,8 @@ class Prober:
         if t.fixed:
             return t.direct_default_s
         floor_s, default_s, ceiling_s = t.direct_floor_s, t.direct_default_s, t.direct_ceiling_s
-        return peer.rtt.timeout_s(floor_s=floor_s, default_s=default_s, ceiling_s=ceiling_s)
+        estimate_s = None if peer.rtt.measured else self._estimate_s(peer.site)
+        return peer.rtt.timeout_s(floor_s=floor_s, default_s=default_s, ceiling_s=ceiling_s, estimate_s=estimate_s)
 
     def _quick_s(self, helper: Peer) -> float:
         """How long a helper takes to answer when it is well: one that is slow itself must not hold up the verdict."""

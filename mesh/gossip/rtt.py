@@ -45,6 +45,11 @@ class RttWindow:
         self._lost.append(True)
         self._summary = None
 
+    @property
+    def measured(self) -> bool:
+        """Whether any probe was answered."""
+        return bool(self._samples)
+
     def summary(self) -> Rtt | None:
         """Minimum, median, jitter and loss, or None before the first answer."""
         if self._summary is None and self._samples:
@@ -54,9 +59,16 @@ class RttWindow:
             self._summary = Rtt(min(self._samples), middle, spread, len(self._samples), loss)
         return self._summary
 
-    def timeout_s(self, *, floor_s: float, default_s: float, ceiling_s: float) -> float:
-        """How long to wait for an answer: median plus four spreads (as TCP, RFC 6298) plus 50 ms for scheduling."""
+    def timeout_s(
+        self, *, floor_s: float, default_s: float, ceiling_s: float, estimate_s: float | None = None
+    ) -> float:
+        """How long to wait for an answer: median plus four spreads (as TCP, RFC 6298) plus 50 ms for scheduling.
+
+        Before there are three samples: the default, or twice the median, or where nothing was measured yet twice
+        `estimate_s`, a guess from elsewhere, if that is longer.
+        """
         summary = self.summary()
         if summary is None or summary.samples < 3:
-            return default_s
+            likely_s = estimate_s if summary is None else summary.median_s
+            return min(ceiling_s, max(default_s, 2.0 * (likely_s or 0.0) + 0.05))
         return min(ceiling_s, max(floor_s, summary.median_s + 4.0 * summary.jitter_s + 0.05))

@@ -42,12 +42,13 @@ class Swim:
         prove: Callable[[Claim], Claim] = lambda claim: claim,
         ask: Callable[[str, str, Iterable[Message]], bool] = lambda _address, _site, _messages: False,
         reaches: Callable[[str, str], bool | None] = lambda _helper, _target: None,
+        estimate_s: Callable[[str], float | None] = lambda _site: None,
     ) -> None:
         """`send(address, message)` queues; `emit(kind, site)` tells the user; `gone(site)` follows a reaped member.
 
         `touched(site)` follows every change of who lives at which incarnation; `prove` signs our own claim; `ask`
         queues a request over a stream, False where there are none; `reaches(helper, target)`: whether the helper says
-        that it reaches the target, None where it does not say.
+        that it reaches the target, None where it does not say; `estimate_s(site)` guesses an unmeasured RTT.
         """
         self._own = Own(
             settings, address, timers, send=send, emit=emit, pack=pack, touched=self._touch, prove=prove, ask=ask
@@ -59,7 +60,12 @@ class Swim:
         self.changes = 0
         self._farewells: set[str] = set()
         self._prober = Prober(
-            self._own, alive=self._alive, silent=self._silent, answered=self._answered, reaches=reaches
+            self._own,
+            alive=self._alive,
+            silent=self._silent,
+            answered=self._answered,
+            reaches=reaches,
+            estimate_s=estimate_s,
         )
         self._absent = Absentees(self._own, self._prober)
         self._names = Names(self._own, self._prober, condemn=self._condemn)
