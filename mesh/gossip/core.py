@@ -1,9 +1,9 @@
 """One gossip peer without I/O: datagrams and the time go in, datagrams, the next wake-up and events come out.
 
-Membership is `swim`, entries are `state`; this module puts both on the wire. Every datagram starts with the sender's
-claim about itself and a fingerprint of everything it knows of live members (`fingerprint`). A ping whose fingerprint
-differs from ours may start an anti-entropy exchange (`reconcile`); in the steady state that costs eight bytes a ping.
-What is new (a claim, an entry of our own) does not wait for that: it is pushed to a few members at once (`spread`).
+Membership is `swim`, what sites publish is `entries`; this module puts both on the wire, through `post`. Every datagram
+starts with the sender's claim about itself and a fingerprint of everything it knows of live members (`fingerprint`). A
+ping whose fingerprint differs from ours may start an anti-entropy exchange (`reconcile`); in the steady state that
+costs eight bytes a ping. What is new (a claim, an entry) does not wait for that: it is pushed to a few (`spread`).
 
     core.start(now); loop: core.receive(data, source, now) | core.handle_timer(now at core.next_timer())
     after each call: send core.datagrams(now), carry out core.streams(), hand out core.events()
@@ -19,11 +19,11 @@ from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple
 
 from mesh.gossip.absent import Known
-from mesh.gossip.codec import MAX_STREAM_MESSAGES, Codec, pack_message, pack_sender
-from mesh.gossip.config import MAX_MEMBERS, GossipConfig
+from mesh.gossip.codec import Codec, pack_message, pack_sender
+from mesh.gossip.config import GossipConfig
 from mesh.gossip.coordinates import Coordinate
 from mesh.gossip.distances import COORDINATES, LINKS, Distances, reaches
-from mesh.gossip.fingerprint import Fingerprints, mark, name_hash
+from mesh.gossip.entries import Entries, Members
 from mesh.gossip.links import LinkReport
 from mesh.gossip.members import ALIVE, LEFT, Claim, Member, Reach
 from mesh.gossip.messages import (
@@ -41,24 +41,15 @@ from mesh.gossip.messages import (
     Taken,
     Want,
 )
-from mesh.gossip.proof import CLUSTER, IDENTITY, Proofs, Prover, Statement, Unproven
-from mesh.gossip.reconcile import Budget, Reconciler
+from mesh.gossip.post import Datagram, Post, StreamRequest
+from mesh.gossip.proof import Proofs, Prover, Unproven
 from mesh.gossip.rtt import Rtt
 from mesh.gossip.sealing import Forged, Malformed, Sealer, Stale
-from mesh.gossip.spread import Spread
-from mesh.gossip.state import Outcome, State
+from mesh.gossip.state import State
 from mesh.gossip.swim import Swim
 from mesh.gossip.timers import Timer, Timers
 
-#: Streams under way at most; the rest counts as failed at once.
-MAX_STREAMS = 64
-#: Addresses whose site is remembered.
-MAX_PLACES = 4 * MAX_MEMBERS
-#: An answer of anti-entropy from this size on goes over a stream, where there are streams.
-STREAM_FROM_BYTES = 16 * 1024
-#: Sites whose key is asked for at a time, and how soon again.
-MAX_STRANGERS = 1024
-STRANGER_S = 1.0
+__all__ = ["Datagram", "Event", "GossipCore", "StreamRequest"]
 
 
 class Event(NamedTuple):
@@ -73,22 +64,6 @@ class Event(NamedTuple):
     kind: str
     site: str
     key: str = ""
-
-
-class Datagram(NamedTuple):
-    """Bytes to be sent to "host:port"."""
-
-    address: str
-    data: bytes
-
-
-class StreamRequest(NamedTuple):
-    """Bytes to be asked of `site` at "host:port" over a reliable stream; the answer belongs to `token`."""
-
-    address: str
-    site: str
-    data: bytes
-    token: int
 
 
 class GossipCore:
@@ -114,15 +89,8 @@ class GossipCore:
         self._rng = config.rng
         self._seeds = tuple(config.seeds)
         self._codec = Codec(config.cluster, sealer)
+        self._post = Post(self._codec, self.counters, head=self._head, streaming=streaming)
         self._proofs = Proofs(config.cluster, prover or Unproven())
-        self._places: dict[str, str] = {}
-        self._replies: list[Datagram] = []
-        self._strangers: dict[str, float] = {}
-        self._early: dict[str, tuple[Sender, str, Page]] = {}
-        self._asking: list[StreamRequest] = []
-        self._asked: dict[int, StreamRequest] = {}
-        self._tokens = 0
-        self._streaming = streaming
         self._timers = Timers(stall_s=self._t.stall_s, grace_s=self._t.grace_s)
         self._state = State(
             config.site,
@@ -131,16 +99,19 @@ class GossipCore:
             holds=self._proofs.entry_holds,
             touched=self._touched,
         )
-        self._prints = Fingerprints()
-        self._dirty: dict[str, None] = {config.site: None}
+        self._entries = Entries(
+            self._state,
+            self._post,
+            self._proofs,
+            Members(self._claim, self._others, self._restarted),
+            self.counters,
+            emit=self._emit,
+            fanout=self._t.fanout,
+            gap_s=self._t.sync_gap_s,
+        )
         self._touches = 0
         self._pulled_s = -math.inf
-        self._reconciler = Reconciler(self._prints, self._state, claim=self._claim, gap_s=self._t.sync_gap_s)
-        self._budget = Budget()
-        self._serving = False
-        self._spread = Spread(self._t.fanout, self._state.pages)
         self._events: list[Event] = []
-        self._outbox: dict[str, list[bytes]] = {}
         self._flush: Timer | None = None
         self._flushed_s = -math.inf
         self._packed_head: tuple[object, bytes] = (None, b"")
@@ -150,7 +121,7 @@ class GossipCore:
             self.address,
             self._timers,
             send=self._queue,
-            emit=self._membership_changed,
+            emit=self._emit,
             pack=pack_message,
             gone=self._forget,
             touched=self._touched,
@@ -173,13 +144,13 @@ class GossipCore:
         try:
             datagram = self._codec.decode(data, source=source, now=now)
             if datagram.reply is not None:
-                self._replies.append(Datagram(source, datagram.reply))
+                self._post.reply(source, datagram.reply)
             if datagram.sender is not None:
                 self._hear(datagram.sender, datagram.messages, source, now)
         except Malformed as error:
             self.counters[error.counter] += 1
             if error.reply is not None:
-                self._replies.append(Datagram(source, error.reply))
+                self._post.reply(source, error.reply)
             return
         self._push_soon(now)
 
@@ -188,7 +159,7 @@ class GossipCore:
         state = LEFT if sender.left else ALIVE
         if not self._proofs.holds(Claim(sender.site, sender.address, state, sender.incarnation, proof=sender.proof)):
             raise Forged(f"{sender.site} did not say so")
-        self._note_place(source, sender.site)
+        self._post.place(source, sender.site)
         if self._swim.hear(sender, source, now, direct=direct):
             for message in messages:
                 self._handlers[type(message)](self, sender, source, message, now)
@@ -200,13 +171,6 @@ class GossipCore:
                     self._swim.taken(sender, message, now)
                 elif type(message) is Ping and sender.site == self.site:
                     self._swim.namesake(sender, source)
-
-    def _note_place(self, address: str, site: str) -> None:
-        """Remember who is where, for the sealer."""
-        if self._places.get(address) != site:
-            if len(self._places) >= MAX_PLACES:
-                self._places.clear()
-            self._places[address] = site
 
     def next_timer(self) -> float | None:
         """When `handle_timer` wants to be called, or None."""
@@ -220,40 +184,18 @@ class GossipCore:
 
     def datagrams(self, now: float) -> list[Datagram]:
         """What is to be sent now. Messages to one address share datagrams; claims that still travel fill them up."""
-        if not self._outbox and not self._replies:
-            return []
-        outbox, self._outbox = self._outbox, {}
-        sent, self._replies = self._replies, []
         if self._swim.silent:
+            self._post.discard()
             return []
-        sender = self._head()
-        room = self._codec.room_bytes(sender)
+        return self._post.datagrams(now, self._ride)
 
-        def send(address: str, load: list[bytes]) -> None:
-            site = self._places.get(address, "")
-            sent.append(Datagram(address, self._codec.join(sender, load, address=address, site=site, now=now)))
-
-        for address, messages in outbox.items():
-            load: list[bytes] = []
-            left = room
-            for message in messages:
-                if len(message) > left and load:
-                    send(address, load)
-                    load, left = [], room
-                load.append(message)
-                left -= len(message)
-            claims = self._swim.rumours.take(left)
-            load += claims
-            load += self._spread.ride(left - sum(map(len, claims)))
-            if load:
-                send(address, load)
-        self.counters["sent"] += len(sent)
-        self.counters["sent_bytes"] += sum(len(datagram.data) for datagram in sent)
-        return sent
+    def _ride(self, room_bytes: int) -> list[bytes]:
+        claims = self._swim.rumours.take(room_bytes)
+        return claims + self._entries.spread.ride(room_bytes - sum(map(len, claims)))
 
     def _head(self) -> bytes:
         own = self._swim.own_claim()
-        said = Sender(self.site, self.address, own.incarnation, self._swim.left, self._print(), own.proof)
+        said = Sender(self.site, self.address, own.incarnation, self._swim.left, self._entries.print(), own.proof)
         if self._packed_head[0] != said:
             self._packed_head = (said, pack_sender(said))
         return self._packed_head[1]
@@ -267,8 +209,7 @@ class GossipCore:
 
     def streams(self) -> list[StreamRequest]:
         """Requests to be made over reliable streams; give each answer, or its failure, to `stream_answered`."""
-        asking, self._asking = self._asking, []
-        return asking
+        return self._post.streams()
 
     def serve_stream(self, data: bytes, source: str, now: float, site: str | None = None) -> bytes:
         """The answer to another's request. `source` is where it came from, `site` who provably asks (None: nobody did).
@@ -279,27 +220,19 @@ class GossipCore:
         try:
             request = self._codec.decode_stream(data, site)
             assert request.sender is not None
-            # What is queued for the asker from here on is the answer; what others are sent meanwhile goes its own way.
-            outbox, self._outbox = self._outbox, {}
-            self._serving = True
-            try:
-                self._hear(request.sender, request.messages, request.sender.address, now, direct=False)
-            finally:
-                self._serving = False
-                answers = self._outbox.pop(request.sender.address, [])
-                for address, messages in self._outbox.items():
-                    outbox.setdefault(address, []).extend(messages)
-                self._outbox = outbox
+            answers: list[bytes] = []
+            asker = request.sender.address
+            with self._post.answering(asker, answers):
+                self._hear(request.sender, request.messages, asker, now, direct=False)
         except Malformed as error:
             self.counters[error.counter] += 1
             raise
         self._push_soon(now)
-        sender = self._head()
-        return self._codec.join_stream(sender, _fitting(answers, self._codec.stream_room_bytes(sender)))
+        return self._post.answer(answers)
 
     def stream_answered(self, token: int, data: bytes | None, now: float) -> None:
         """The answer to one of our requests; None if there was none. Wrong answers are counted, nothing is raised."""
-        asked = self._asked.pop(token, None)
+        asked = self._post.asked(token)
         if asked is None:
             return
         if data is None:
@@ -318,19 +251,8 @@ class GossipCore:
 
     def ask(self, address: str, site: str, messages: Iterable[Message]) -> bool:
         """Queue a request over a stream. False if there are none, or too many under way."""
-        return self._ask(address, site, [pack_message(message) for message in messages])
-
-    def _ask(self, address: str, site: str, packed: list[bytes]) -> bool:
-        if not self._streaming or len(self._asked) >= MAX_STREAMS or self._swim.silent:
-            return False
-        self._tokens += 1
-        sender = self._head()
-        load = _fitting(packed, self._codec.stream_room_bytes(sender))
-        request = StreamRequest(address, site, self._codec.join_stream(sender, load), self._tokens)
-        self._asked[request.token] = request
-        self._asking.append(request)
-        self.counters["streams_asked"] += 1
-        return True
+        packed = [pack_message(message) for message in messages]
+        return not self._swim.silent and self._post.ask(address, site, packed)
 
     # ---------------------------------------------------------------- asking and telling
 
@@ -379,8 +301,7 @@ class GossipCore:
 
         Raises ValueError if the value is out of bounds.
         """
-        if self._state.publish(key, value):
-            self._spread.publish(self.site, key, self._others(), urgent=urgent)
+        if self._entries.publish(key, value, urgent=urgent):
             self._push_soon(now)
 
     def publish_cluster(self, key: str, value: dict[str, Any], version: int, proof: bytes, now: float) -> bool:
@@ -389,11 +310,8 @@ class GossipCore:
         It belongs to no member (its owner is "@cluster") and is never forgotten. Raises ValueError if the value is out
         of bounds or the proof is not the authority's.
         """
-        news = self._state.publish_cluster(key, value, version, proof)
-        if news:
-            self._events.append(Event("updated", CLUSTER, key))
-            self._spread.publish(CLUSTER, key, self._others(), urgent=True)
-            self._push_soon(now)
+        news = self._entries.publish_cluster(key, value, version, proof)
+        self._push_soon(now)
         return news
 
     def entry(self, site: str, key: str) -> dict[str, Any] | None:
@@ -447,50 +365,25 @@ class GossipCore:
         if self._proofs.knows(message.claim.site):
             self._consider(message.claim, now, news=message.news)
         else:
-            self._introduce(message.claim.site, source, now)
+            self._entries.introduce(message.claim.site, source, now)
 
     def _on_taken(self, sender: Sender, source: str, message: Taken, now: float) -> None:
         self._swim.taken(sender, message, now)
 
     def _on_buckets(self, sender: Sender, source: str, message: Buckets, now: float) -> None:
-        self._marked()
-        self._answer(source, self._reconciler.on_buckets(message), now)
+        self._entries.on_buckets(source, message, now)
 
     def _on_summary(self, sender: Sender, source: str, message: Summary, now: float) -> None:
-        self._marked()
-        self._answer(source, self._reconciler.on_summary(message), now)
+        self._entries.on_summary(source, message, now)
 
     def _on_want(self, sender: Sender, source: str, message: Want, now: float) -> None:
-        self._marked()
-        self._answer(source, self._reconciler.on_want(message), now)
+        self._entries.on_want(source, message, now)
 
     def _on_digest(self, sender: Sender, source: str, message: Digest, now: float) -> None:
-        self._answer(source, self._reconciler.on_digest(message), now)
+        self._entries.on_digest(source, message, now)
 
     def _on_page(self, sender: Sender, source: str, message: Page, now: float) -> None:
-        owner = message.owner
-        if owner not in (self.site, CLUSTER):
-            peer = self._swim.peers.get(owner)
-            if peer is None or not peer.live:
-                self._met(sender, source, message)
-                return
-        before = self._state.owner(owner).generation
-        outcome = self._state.take(message, now, sender.site)
-        if outcome is Outcome.NEWS:
-            if 0 < before < message.generation:
-                self._swim.restarted(owner)
-                self._events.append(Event("restarted", owner))
-            self._events.append(Event("updated", owner, message.key))
-            if message.key == COORDINATES:
-                self._distances.heard(owner, self._state.value(owner, COORDINATES))
-            self._spread.told(message, sender.site)
-            if not message.hops:
-                self._reconciler.learnt()
-        elif outcome is Outcome.DEFENDED:
-            for key in self._state.keys(self.site):
-                self._spread.publish(self.site, key, self._others(), urgent=True)
-        elif outcome not in (Outcome.WAITING, Outcome.KNOWN):
-            self.counters[outcome.value] += 1
+        self._entries.take(sender, message, now)
 
     _handlers: ClassVar[dict[type, Callable[[GossipCore, Sender, str, Any, float], None]]] = {
         Ping: _on_ping,
@@ -506,26 +399,6 @@ class GossipCore:
         Taken: _on_taken,
     }
 
-    def _introduce(self, site: str, source: str, now: float) -> None:
-        """A claim of a site whose key we do not know: ask who told us for all that it knows, the key first."""
-        if now >= self._strangers.get(site, -math.inf) + STRANGER_S:
-            if len(self._strangers) >= MAX_STRANGERS:
-                self._strangers.clear()
-            self._strangers[site] = now
-            self._answer(source, [Want(name_hash(site))], now)
-
-    def _met(self, sender: Sender, source: str, page: Page) -> None:
-        """A page of a site that is no member. Its key is learnt; the page itself waits for the claim behind it."""
-        if page.key != IDENTITY or page.parts != 1 or self._proofs.knows(page.owner):
-            return
-        statement = Statement(page.owner, page.generation, page.key, page.version, page.data)
-        if not self._proofs.entry_holds(statement, page.proof):
-            self.counters[Forged.counter] += 1
-            return
-        if len(self._early) >= MAX_STRANGERS:
-            self._early.clear()
-        self._early[page.owner] = (sender, source, page)
-
     def _consider(self, claim: Claim, now: float, *, news: bool) -> None:
         """Let membership weigh a claim, if its subject once said what it rests on."""
         if not self._proofs.holds(claim):
@@ -535,48 +408,21 @@ class GossipCore:
         if held is not None and claim.incarnation < held.incarnation:
             self.counters[Stale.counter] += 1
         touches = self._touches
-        self._note_place(claim.address, claim.site)
+        self._post.place(claim.address, claim.site)
         if news:
             self._swim.consider(claim, now)
         else:
             self._swim.learn(claim, now)
-        early = self._early.pop(claim.site, None)
-        if early is not None:
-            self._on_page(*early, now)
+        self._entries.welcome(claim.site, now)
         if self._touches != touches:
-            self._reconciler.learnt()
+            self._entries.learnt()
 
     # ---------------------------------------------------------------- anti-entropy
-
-    def _print(self) -> bytes:
-        """The hash of all that live members should agree on. Suspicion is left out: it is not lasting knowledge."""
-        self._marked()
-        return self._prints.whole()
 
     def _touched(self, site: str) -> None:
         """Who lives at which incarnation, or what a site's versions are, has changed."""
         self._touches += 1
-        self._dirty[site] = None
-
-    def _marked(self) -> None:
-        """Bring the fingerprints up to date, a few sites at a time."""
-        if not self._dirty:
-            return
-        dirty, self._dirty = self._dirty, {}
-        for site in dirty:
-            owner = self._state.owner(site)
-            if site in (self.site, CLUSTER):
-                incarnation = self._swim.incarnation if site == self.site else 1
-            else:
-                peer = self._swim.peers.get(site)
-                if peer is None:
-                    self._prints.drop(site)
-                    continue
-                if not peer.live:
-                    self._prints.set(site, None)
-                    continue
-                incarnation = peer.incarnation
-            self._prints.set(site, mark(site, incarnation, owner.generation, owner.versions()))
+        self._entries.touched(site)
 
     def _claim(self, site: str) -> Claim | None:
         """What we say of a site."""
@@ -587,33 +433,11 @@ class GossipCore:
 
     def _reconcile(self, sender: Sender, source: str, now: float) -> None:
         """Start an exchange with somebody who knows something else, unless we just had one."""
-        if self._swim.silent or sender.fingerprint == self._print():
+        if self._swim.silent or now - self._pulled_s < self._t.push_pull_s:
             return
-        if now - self._pulled_s < self._t.push_pull_s:
-            return
-        opening = self._reconciler.start(sender.site, sender.fingerprint, now)
-        if opening:
+        if sender.fingerprint != self._entries.print() and self._entries.reconcile(sender, source, now):
             self._pulled_s = now
             self.counters["syncs"] += 1
-            self._answer(source, opening, now)
-
-    def _answer(self, address: str, messages: list[Message], now: float) -> None:
-        """Send what anti-entropy has to say: over a stream where it is much, else as datagrams within the budget."""
-        if not messages:
-            return
-        packed = [pack_message(message) for message in messages]
-        size_bytes = sum(map(len, packed))
-        if self._serving:
-            self._outbox.setdefault(address, []).extend(packed)
-            return
-        if size_bytes > STREAM_FROM_BYTES and self._ask(address, self._places.get(address, ""), packed):
-            return
-        queue = self._outbox.setdefault(address, [])
-        for message in packed:
-            if not self._budget.take(len(message), now):
-                self.counters["throttled"] += 1
-                break
-            queue.append(message)
 
     # ---------------------------------------------------------------- spreading news
 
@@ -622,7 +446,7 @@ class GossipCore:
         return sum(1 for peer in self._swim.peers.values() if peer.live)
 
     def _push_soon(self, now: float) -> None:
-        pending = self._spread.pushing or self._swim.rumours.pushing
+        pending = self._entries.spread.pushing or self._swim.rumours.pushing
         if pending and (self._flush is None or self._flush.cancelled):
             self._flush = self._timers.at(max(now, self._flushed_s + self._t.push_gap_s), self._push)
 
@@ -632,46 +456,36 @@ class GossipCore:
         self._flush = None
         live = self._swim.live()
         targets = self._rng.sample(live, min(self._t.fanout, len(live)))
-        news = self._spread.push() if targets else []
+        news = self._entries.spread.push() if targets else []
         for target in targets:
-            pushed = self._outbox.setdefault(target.address, [])  # even an empty load carries claims
+            self._post.queue(target.address)  # also without news, for the claims that travel
             for owner, origin, pages in news:
                 if target.site not in (owner, origin):
-                    pushed.extend(pages)
+                    self._post.queue(target.address, *pages)
         self._push_soon(now)
 
     def _queue(self, address: str, message: Message) -> None:
         if type(message) is Ack:
             message = Ack(message.seq, self._distances.where())
-        self._outbox.setdefault(address, []).append(pack_message(message))
+        self._post.queue(address, pack_message(message))
 
     # ---------------------------------------------------------------- membership
 
-    def _membership_changed(self, kind: str, site: str) -> None:
-        self._events.append(Event(kind, site))
+    def _emit(self, kind: str, site: str, key: str = "") -> None:
+        if (kind, key) == ("updated", COORDINATES) and site != self.site:
+            self._distances.heard(site, self._state.value(site, COORDINATES))
+        self._events.append(Event(kind, site, key))
+
+    def _restarted(self, site: str) -> None:
+        self._swim.restarted(site)
 
     def _forget(self, site: str) -> None:
-        self._state.forget(site)
+        self._entries.forget(site)
         self._distances.forget(site)
-        self._spread.forget(site)
-        self._reconciler.forget(site)
 
     def _publish_distances(self, now: float) -> None:
         """Tell the mesh what we measure and where we are, when it has changed enough to matter."""
-        others = self._others()
-        self._timers.at(now + self._distances.look_gap_s(others, self._t.links_s), self._publish_distances)
+        self._timers.at(now + self._distances.look_gap_s(self._others(), self._t.links_s), self._publish_distances)
         for key, value in self._distances.news(self._swim.live(), now):
-            if self._state.publish(key, value):
-                self._spread.publish(self.site, key, others, urgent=False)
-                self._events.append(Event("updated", self.site, key))
-
-
-def _fitting(packed: list[bytes], room_bytes: int) -> list[bytes]:
-    """As many of the first messages as go into one stream."""
-    fitting: list[bytes] = []
-    for message in packed[:MAX_STREAM_MESSAGES]:
-        room_bytes -= len(message)
-        if room_bytes < 0:
-            break
-        fitting.append(message)
-    return fitting
+            if self._entries.publish(key, value, urgent=False):
+                self._emit("updated", self.site, key)

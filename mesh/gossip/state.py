@@ -94,7 +94,7 @@ class State:
 
         `sign` and `holds` make and check proofs; `touched(site)` follows every change of what a site's versions are.
         """
-        self._site = site
+        self.site = site
         self._sign = sign
         self._holds = holds
         self._touched = touched
@@ -109,7 +109,7 @@ class State:
         if not config.valid_name(key, config.MAX_KEY_BYTES):
             raise ValueError(f"gossip key {key!r}: use 1 to {config.MAX_KEY_BYTES} printable characters without spaces")
         data = pack_value(value)
-        own = self._owners[self._site]
+        own = self._owners[self.site]
         old = own.entries.get(key)
         if old is not None and old.data == data:
             return False
@@ -117,7 +117,7 @@ class State:
             limits = f"{config.MAX_KEYS_PER_SITE} keys and {MAX_OWNER_BYTES} bytes"
             raise ValueError(f"gossip key {key!r}: a site may publish {limits} in all")
         version = max((entry.version for entry in own.entries.values()), default=0) + 1
-        self._put(self._site, own, key, self._signed(own.generation, key, version, data))
+        self._put(self.site, own, key, self._signed(own.generation, key, version, data))
         return True
 
     def publish_cluster(self, key: str, value: dict[str, Any], version: int, proof: bytes) -> bool:
@@ -147,7 +147,7 @@ class State:
 
     def merge(self, site: str, generation: int, key: str, entry: Entry) -> bool:
         """Take an entry of another owner. True if it was news. The value and its proof must have been checked."""
-        if site == self._site:
+        if site == self.site:
             return False
         owner = self._owners.get(site) or Owner()
         if generation < owner.generation:
@@ -213,7 +213,7 @@ class State:
             unpack_value(data)
         except ValueError:
             return Outcome.MALFORMED
-        if page.owner == self._site:
+        if page.owner == self.site:
             if now < self._defended_s + DEFEND_GAP_S:
                 return Outcome.KNOWN
             self._defended_s = now
@@ -224,7 +224,7 @@ class State:
 
     def forget(self, site: str) -> None:
         """Drop everything of a site that was reaped."""
-        if site in (CLUSTER, self._site):
+        if site in (CLUSTER, self.site):
             return
         owner = self._owners.pop(site, None)
         if owner is not None:
@@ -235,14 +235,14 @@ class State:
 
     def _defend(self, generation: int) -> None:
         """Others hold entries that an earlier start of ours signed, with a counter we lost: rise above them all."""
-        own = self._owners[self._site]
+        own = self._owners[self.site]
         own.generation = min(max(generation, own.generation) + 1, config.MAX_COUNTER)
         for key, entry in own.entries.items():
             own.entries[key] = self._signed(own.generation, key, entry.version, entry.data)
-        self._touched(self._site)
+        self._touched(self.site)
 
     def _signed(self, generation: int, key: str, version: int, data: bytes) -> Entry:
-        return Entry(version, data, self._sign(Statement(self._site, generation, key, version, data)))
+        return Entry(version, data, self._sign(Statement(self.site, generation, key, version, data)))
 
     def _put(self, site: str, owner: Owner, key: str, entry: Entry) -> None:
         old = owner.entries.get(key)

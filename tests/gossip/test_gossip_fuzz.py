@@ -15,9 +15,10 @@ import pytest
 from mesh.gossip import config
 from mesh.gossip.codec import Codec, pack_message, pack_sender
 from mesh.gossip.config import GossipConfig
-from mesh.gossip.core import MAX_PLACES, MAX_STREAMS, GossipCore
+from mesh.gossip.core import GossipCore
 from mesh.gossip.members import Claim
 from mesh.gossip.messages import Message, Sender
+from mesh.gossip.post import MAX_PLACES, MAX_STREAMS
 from mesh.gossip.sealing import REFUSALS, Malformed
 from mesh.gossip.spread import MAX_HOT
 from mesh.gossip.state import MAX_ASSEMBLIES, MAX_STATE_BYTES
@@ -99,9 +100,9 @@ def numbers(data: bytes, chance: random.Random) -> bytes:
 def bounded(core: GossipCore) -> None:
     """No map of a core exceeds its bound, whatever came."""
     assert len(core.members()) <= config.MAX_MEMBERS + 1
-    assert len(core._places) <= MAX_PLACES
-    assert len(core._asked) <= MAX_STREAMS
-    assert len(core._spread._hot) <= MAX_HOT
+    assert len(core._post._places) <= MAX_PLACES
+    assert len(core._post._asked) <= MAX_STREAMS
+    assert len(core._entries.spread._hot) <= MAX_HOT
     assert len(core._state._assemblies) <= MAX_ASSEMBLIES
     assert core._state.size_bytes <= MAX_STATE_BYTES
     assert core._state.size_bytes == sum(len(e.data) for o in core._state._owners.values() for e in o.entries.values())
