@@ -93,6 +93,7 @@ def core() -> GossipCore:
     return made
 
 
+@settings(deadline=None)
 @given(senders, st.lists(messages, max_size=8))
 def test_what_is_encoded_is_decoded(sender, sent):
     data = CODEC.join(pack_sender(sender), [pack_message(message) for message in sent])
@@ -100,12 +101,14 @@ def test_what_is_encoded_is_decoded(sender, sent):
         assert CODEC.decode(data) == (sender, sent, None)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=1600), st.booleans())
 def test_random_bytes_are_refused_in_one_way_only(data, with_header):
     with pytest.raises(Malformed):
         CODEC.decode(HEADER + data if with_header else data)
 
 
+@settings(deadline=None)
 @given(senders, st.lists(messages, min_size=1, max_size=4), st.data())
 def test_truncated_and_extended_datagrams_are_refused(sender, sent, data):
     whole = CODEC.join(pack_sender(sender), [pack_message(message) for message in sent])
@@ -114,7 +117,7 @@ def test_truncated_and_extended_datagrams_are_refused(sender, sent, data):
             CODEC.decode(wrong)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.one_of(junk, st.tuples(st.integers(0, 10), junk, junk, junk).map(list)), max_size=5))
 def test_a_core_survives_any_msgpack_from_a_known_sender(items):
     body = b"".join(msgpack.packb(item) for item in items)
@@ -125,7 +128,7 @@ def test_a_core_survives_any_msgpack_from_a_known_sender(items):
     target.handle_timer(5.0)
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(st.tuples(senders, st.lists(messages, max_size=5), st.floats(0, 5)), max_size=8))
 def test_a_core_survives_any_well_formed_datagrams(datagrams):
     target, now = core(), 0.0

@@ -27,6 +27,7 @@ def prints_of(values: dict[str, int]) -> Fingerprints:
     return prints
 
 
+@settings(deadline=None)
 @given(marks, marks, st.sampled_from([1, 16, 64, LEAVES]))
 def test_what_differs_lies_in_a_bucket_that_differs_and_nothing_else_does(ours, theirs, count):
     one, other = prints_of(ours), prints_of(theirs)
@@ -40,6 +41,7 @@ def test_what_differs_lies_in_a_bucket_that_differs_and_nothing_else_does(ours, 
     assert found == set(ours)
 
 
+@settings(deadline=None)
 @given(marks, marks)
 def test_a_fingerprint_depends_on_what_is_known_and_not_on_how_it_came_about(first, last):
     prints = prints_of(first)

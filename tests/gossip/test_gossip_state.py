@@ -6,7 +6,7 @@ import random
 
 import msgpack
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.gossip import config, values
@@ -48,6 +48,7 @@ def merged(items) -> State:
     return state
 
 
+@settings(deadline=None)
 @given(st.lists(entries, max_size=12), st.randoms(use_true_random=False))
 def test_merging_is_commutative_and_idempotent(items, chance):
     shuffled = items * 2
@@ -55,6 +56,7 @@ def test_merging_is_commutative_and_idempotent(items, chance):
     assert content(merged(items)) == content(merged(shuffled))
 
 
+@settings(deadline=None)
 @given(st.lists(entries, max_size=12), st.lists(entries, max_size=12))
 def test_two_peers_that_exchange_what_is_newer_hold_the_same(ours, theirs):
     # Two writers of one version do not exist: the owner alone writes, and counts.
@@ -71,11 +73,13 @@ def test_two_peers_that_exchange_what_is_newer_hold_the_same(ours, theirs):
     assert content(left) == content(right)
 
 
+@settings(deadline=None)
 @given(documents)
 def test_values_come_back_as_they_were(document):
     assert unpack_value(pack_value(document)) == document
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_random_bytes_are_a_value_or_a_value_error(data):
     try:
