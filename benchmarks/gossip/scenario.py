@@ -4,7 +4,8 @@ The timeline, in virtual time, of `--minutes M`:
 
 1. start: all sites begin within a second, each with three others as seeds; until every site sees every other alive.
    More than `JOIN_MOST` know each other from the start, see `simulations.acquaint`;
-2. warm-up, `WARM_S`: paths are measured, coordinates settle. Start and warm-up do not count into M;
+2. warm-up, `WARM_S` and `WARM_EACH_S` for each site: paths are measured, coordinates settle. Start and warm-up are not
+   part of M;
 3. quiet, a quarter of M, at most a minute: the bytes of `bytes_per_site_s` are those sent now;
 4. changes, a quarter of M, at most half a minute: an entry changes at a random site once a second; a third waits;
 5. the fault, the rest of M. Beside every fault but `none`, `crash` and `partition` one healthy site crashes half way
@@ -35,7 +36,7 @@ SEEDS = 3
 JOIN_MOST = 100
 #: The slowest of the profiles exchanges full states once a minute.
 CONVERGED_WITHIN_S = 600.0
-WARM_S = 30.0
+WARM_S, WARM_EACH_S = 30.0, 0.25
 QUIET_S, CHANGES_S = 60.0, 30.0
 PATIENCE_S = 900.0
 #: How often it is looked whether a part is over.
@@ -150,7 +151,7 @@ class _Run:
                 f"{seen} of {pairs} pairs see each other"
             )
         joined_s = None if crowd else net.clock() - first_s
-        net.run_for(WARM_S)
+        net.run_for(WARM_S + WARM_EACH_S * len(names))
         return joined_s
 
     def _seeds(self, number: int) -> list[str]:

@@ -21,6 +21,8 @@ COORDINATES: Final = "coordinates"
 LOOKED_A_SECOND: Final = 16
 #: What all coordinates together may cost each receiver, and what one costs on the wire.
 BUDGET_BYTES_S, COORDINATE_BYTES = 100.0, 200
+#: Coordinates that a site of a large new mesh publishes as they settle, before the budget holds it back.
+CROWD_BURST = 3
 #: A coordinate is published after so many probes (or as many as there are others), and again when it has moved by this
 #: share of the median round trip, and at least so much.
 FIRST_PROBES, MOVED_SHARE, MOVED_S = 16, 0.1, 3e-3
@@ -35,7 +37,7 @@ class Distances:
         self.coordinates = Coordinates(rng)
         self._told: Coordinate | None = None
         self._packed = (-1, b"")
-        self._pace = Pace(BUDGET_BYTES_S)
+        self._pace = Pace(BUDGET_BYTES_S, CROWD_BURST)
 
     def where(self) -> bytes:
         """Our packed coordinate."""

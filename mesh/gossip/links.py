@@ -31,8 +31,9 @@ NEAREST, SAMPLE, BROKEN = 16, 8, 8
 NOISE_S: Final = 0.5e-3
 #: What the link entries of all sites together may cost each receiver; a tenth of what a quiet mesh may spend.
 BUDGET_BYTES_S: Final = 200.0
-#: Documents that may go out at once in a new mesh, and how many a broken path may borrow.
-BURST, DEBT = 6, 3
+#: Documents that may go out at once in a new mesh, up to `WHOLE_MATRIX` sites and above, and how many a broken path may
+#: borrow. Above, one round of all sites' documents is what the budget earns in an hour.
+BURST, CROWD_BURST, DEBT = 6, 1, 3
 #: What an entry costs on the wire beside its value: names, version, proof.
 OVERHEAD_BYTES: Final = 150
 #: A smaller transfer is latency more than bandwidth.
@@ -140,9 +141,10 @@ def shared_draw(one: str, other: str) -> bytes:
 class Pace:
     """A purse of bytes: what may be published now, so that all sites together cost each receiver a fixed rate."""
 
-    def __init__(self, budget_bytes_s: float) -> None:
-        """`budget_bytes_s` is for all sites together."""
+    def __init__(self, budget_bytes_s: float, crowd_burst: int = CROWD_BURST) -> None:
+        """`budget_bytes_s` is for all sites together; `crowd_burst`: what stands for `BURST` above `WHOLE_MATRIX`."""
         self._budget_bytes_s = budget_bytes_s
+        self._crowd_burst = crowd_burst
         self._spent = 0.0
         self._since_s = -math.inf
 
@@ -152,7 +154,8 @@ class Pace:
             earned = max(0.0, now - self._since_s) * self._budget_bytes_s / max(1, sites)
             self._spent = max(0.0, self._spent - earned)
         self._since_s = now
-        if self._spent + size_bytes > (BURST + (DEBT if urgent else 0)) * size_bytes:
+        burst = BURST if sites <= WHOLE_MATRIX else self._crowd_burst
+        if self._spent + size_bytes > (burst + (DEBT if urgent else 0)) * size_bytes:
             return False
         self._spent += size_bytes
         return True

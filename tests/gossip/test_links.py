@@ -156,3 +156,11 @@ def test_a_purse_never_gives_more_than_it_earned_and_a_bounded_debt(script):
         if pace.pay(size, 4, now, urgent=urgent):
             paid += size
         assert paid <= 25.0 * now + (BURST + 3) * largest
+
+
+def test_in_a_large_new_mesh_a_site_tells_its_links_once_and_then_at_the_rate_of_the_budget():
+    pace = Pace(200.0)
+    paid = [second for second in range(4000) if pace.pay(1500, 490, float(second))]
+    assert paid[0] == 0
+    assert len(paid) == 2
+    assert 1500 * 490 / 200 <= paid[1] <= 1500 * 490 / 200 + 2
