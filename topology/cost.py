@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -27,7 +28,8 @@ from topology.sharing import Demand, share
 PREFILL_CHUNK: Final = 512
 #: Prompt length behind `Predicted.first_token_ms`.
 PREFILL_TOKENS: Final = 512
-#: Time of a layer that does not shrink with its slice: Python, dispatch, kernel launches. Measured: 200 us at best and
+#: Time of a layer that does not shrink with its slice: Python, dispatch, kernel launches. For devices that nobody
+#: measured (`Node.layer_s`). Measured: 200 us at best and
 #: 234 us in the median for a Llama layer of hidden size 32 (transformers 5, torch 2.13, one thread of an AMD EPYC).
 LAYER_OVERHEAD_S: Final = 200e-6
 #: MLP columns and head rows are cut at multiples of this: a cache line of float16 and a tile of most matrix kernels.
@@ -64,6 +66,11 @@ class Fit:
     head_network_s: float
     prefill_layer_s: float
     prefill_layer_network_s: float
+
+
+def overhead_s(nodes: Sequence[Node]) -> float:
+    """Seconds of a layer that do not shrink with a shard's slice, of the slowest of the nodes."""
+    return max(LAYER_OVERHEAD_S if node.layer_s is None else node.layer_s for node in nodes)
 
 
 def width(span: tuple[int, int]) -> int:
@@ -173,11 +180,11 @@ def fit(
         layer_bytes=layer_bytes,
         fixed_bytes=fixed_bytes,
         capacity=capacity,
-        layer_s=attention_s + mlp_s + LAYER_OVERHEAD_S,
+        layer_s=attention_s + mlp_s + overhead_s(nodes),
         layer_network_s=2 * _all_reduce_s(worst, count, model.activation_bytes),
         head_s=head_s,
         head_network_s=gather_s,
-        prefill_layer_s=LAYER_OVERHEAD_S
+        prefill_layer_s=overhead_s(nodes)
         + max(_prefill_s(model, nodes[i], width(kv_heads[i]), 0, tokens) for i in ranks)
         + max(_prefill_s(model, nodes[i], 0, width(columns[i]), tokens) for i in ranks),
         prefill_layer_network_s=2 * _all_reduce_s(worst, count, tokens * model.activation_bytes),

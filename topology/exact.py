@@ -19,7 +19,7 @@ from typing import Final
 import numpy as np
 
 from topology.candidate import Assembler, Candidate, Island
-from topology.cost import LAYER_OVERHEAD_S, PREFILL_TOKENS, Fit, all_reduces_s, slowest_path
+from topology.cost import PREFILL_TOKENS, Fit, all_reduces_s, overhead_s, slowest_path
 from topology.objective import SLACKS
 from topology.picture import Node
 from topology.program import Choice, Combine, Run, Vector
@@ -171,9 +171,9 @@ class Exact:
             tokens = min(PREFILL_TOKENS, self.assembler.context)
             operations = 2 * (model.layer_parameters - 2 * model.hidden) * tokens
             work_s = operations / math.fsum(node.flops for node in nodes)
-            return work_s + LAYER_OVERHEAD_S + all_reduces_s(self.picture, model, nodes, tokens)
+            return work_s + overhead_s(nodes) + all_reduces_s(self.picture, model, nodes, tokens)
         weights_s = (model.layer_bytes - 2 * model.row_bytes) / math.fsum(node.speed for node in nodes)
-        return weights_s + LAYER_OVERHEAD_S + all_reduces_s(self.picture, model, nodes)
+        return weights_s + overhead_s(nodes) + all_reduces_s(self.picture, model, nodes)
 
     def _wanted(self, vector: Vector) -> bool:
         """Whether a stage of this island may be in a plan as good as those that are known already."""
@@ -246,7 +246,7 @@ def _kinds(sites: Iterable[tuple[Node, ...]]) -> list[list[Node]]:
     found: dict[tuple[object, ...], list[Node]] = {}
     for nodes in sites:
         for node in nodes:
-            key = (node.site, node.speed, node.flops, node.usable_bytes, node.price_per_hour)
+            key = (node.site, node.speed, node.flops, node.usable_bytes, node.price_per_hour, node.layer_s)
             found.setdefault(key, []).append(node)
     return list(found.values())
 

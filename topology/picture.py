@@ -17,7 +17,7 @@ from topology.eligible import allowed_device, allowed_sites
 from topology.errors import TopologyError
 from topology.model import DTYPE_BYTES, ModelSpec
 from topology.needs import meeting
-from topology.snapshot import Device, Link, Site, Snapshot
+from topology.snapshot import Decoding, Device, Link, Site, Snapshot
 
 #: Bounds of what is believed: a minute of round trip, 10 TB/s of link, 1 EB of memory, 1 PB/s, 1 ZFLOP/s.
 MAX_RTT_S: Final = 60.0
@@ -27,6 +27,8 @@ MAX_MEMORY_BANDWIDTH: Final = 1e15
 MAX_FLOPS: Final = 1e21
 #: A device busier than this is no device to plan with.
 MAX_LOAD: Final = 0.99
+#: Seconds of a layer, or of a row of a matrix, beside its bytes: more is no device to decode on.
+MAX_LAYER_S: Final = 1.0
 #: Most that an hour of a device or a site is believed to cost.
 MAX_PRICE: Final = 1e6
 
@@ -42,7 +44,10 @@ LOCAL_BANDWIDTH: Final = 125e6
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A usable device. `speed` is weight bytes/s in decoding, `flops` FLOP/s, `usable_bytes` what a plan may take."""
+    """A usable device. `speed` is weight bytes/s in decoding, `flops` FLOP/s, `usable_bytes` what a plan may take.
+
+    `layer_s` is what a layer costs beside its bytes, None where nobody measured it.
+    """
 
     site: str
     name: str
@@ -50,6 +55,7 @@ class Node:
     flops: float
     usable_bytes: int
     price_per_hour: float = 0.0
+    layer_s: float | None = None
 
     def __hash__(self) -> int:
         """Of the names alone, which are unique in a picture: islands are looked up by the ten thousand."""
@@ -184,11 +190,40 @@ def _node(site: Site, device: Device, model: ModelSpec, reserve: bool, notes: li
         notes.append(f"{site.name}/{device.name} has no measured {model.dtype} speed, {instead} is assumed")
     # At a batch of one a weight is read once for two operations: the roofline's lower branch is nearly always it.
     idle = 1 - device.load
-    speed = min(device.memory_bandwidth, flops * model.weight_bytes / 2) * idle
+    speed, layer_s = min(device.memory_bandwidth, flops * model.weight_bytes / 2), None
+    measured = device.decoding.get(model.dtype)
+    if measured is not None and model.weight_bytes == model.element_bytes:
+        if _decodes(measured):
+            speed, layer_s = _decoding(measured, model)
+            layer_s /= idle
+        else:
+            notes.append(f"{site.name}/{device.name} tells impossible times of {model.dtype} layers; they do not count")
+    speed *= idle
     free = min(device.free_bytes, device.memory_bytes)
     kept = device.reserve * device.memory_bytes if reserve else 0.0
     usable = max(math.floor(free - kept), 0)
-    return Node(site.name, device.name, speed, flops * idle, usable, device.price_per_hour) if usable else None
+    if not usable:
+        return None
+    return Node(site.name, device.name, speed, flops * idle, usable, device.price_per_hour, layer_s)
+
+
+def _decodes(measured: Decoding) -> bool:
+    return (
+        _within(measured.layer_s, MAX_LAYER_S, zero=True)
+        and _within(measured.row_s, MAX_LAYER_S, zero=True)
+        and _within(measured.bandwidth, MAX_MEMORY_BANDWIDTH)
+    )
+
+
+def _decoding(measured: Decoding, model: ModelSpec) -> tuple[float, float]:
+    """Bytes/s of this model's layers, and the seconds of a layer that do not shrink with a shard's share of it.
+
+    A shard has fewer rows of q, k, v, gate and up; of o and down it has fewer columns, and all the rows.
+    """
+    cut_rows = (model.heads + 2 * model.kv_heads) * model.head_dim + 2 * model.intermediate
+    weights = (model.layer_parameters - 2 * model.hidden) * model.weight_bytes
+    speed = weights / (cut_rows * measured.row_s + weights / measured.bandwidth)
+    return speed, measured.layer_s + 2 * model.hidden * measured.row_s
 
 
 def _derived(device: Device, dtype: str) -> tuple[float, str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from topology.archive import alternatives, figures
 from topology.candidate import Candidate, coded_bytes
-from topology.cost import LAYER_OVERHEAD_S
+from topology.cost import overhead_s
 from topology.errors import megabytes, ms
 from topology.model import ModelSpec
 from topology.picture import Picture
@@ -114,10 +114,11 @@ def bounds(picture: Picture, model: ModelSpec) -> tuple[float, float]:
     )
     hops_s = [path.one_way_s for (a, b), path in picture.paths.items() if a != b]
     nearest_s = min(hops_s, default=0.0)
+    least_s = model.layers * min(overhead_s([node]) for nodes in picture.nodes.values() for node in nodes)
     most = every / (model.layers * layer)
     if 2 * nearest_s < layer / -sites[0][0]:
-        return model.layers * (layer / every + LAYER_OVERHEAD_S), most
-    total_s, left = model.layers * LAYER_OVERHEAD_S, model.layers
+        return model.layers * layer / every + least_s, most
+    total_s, left = least_s, model.layers
     for speed, room in sites:
         taken = min(left, room // layer)
         total_s += taken * layer / -speed

@@ -25,13 +25,27 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
+class Decoding:
+    """What one-row products cost a device in one dtype, fitted to layers of several widths that it really computed.
+
+    A layer takes `layer_s` whatever its size, `row_s` for each output row of its matrices, and its bytes at `bandwidth`
+    bytes/s: short rows are slower a byte than long ones.
+    """
+
+    layer_s: float
+    row_s: float
+    bandwidth: float
+
+
+@dataclass(frozen=True, slots=True)
 class Device:
     """A device and its measured speed. `flops` is matrix-product FLOP/s by dtype name; `memory_bandwidth` is bytes/s.
 
     `memory_bytes` is what jobs may use in all, `free_bytes` what is left of it now. `reserve` is the fraction of
     `memory_bytes` kept back so that the loss of another site can be absorbed; a plan uses it only if nothing else fits.
-    `price_per_hour` is in any currency, one for the whole mesh. `load`: the share of its time others take. `held` is
-    what lies there already: of plans equally good, the one that moves less is taken.
+    `decoding` is by dtype name, and empty where nobody measured it: then decoding is taken to be bound by
+    `memory_bandwidth`. `price_per_hour` is in any currency, one for the whole mesh. `load`: the share of its time
+    others take. `held` is what lies there already: of plans equally good, the one that moves less is taken.
     """
 
     name: str
@@ -45,6 +59,7 @@ class Device:
     price_per_hour: float = 0.0
     load: float = 0.0
     held: tuple[Held, ...] = ()
+    decoding: dict[str, Decoding] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,15 +146,17 @@ class Snapshot:
     def from_dict(cls, document: dict[str, Any]) -> Snapshot:
         """Rebuild a snapshot. Raises KeyError or TypeError where the document is not one."""
         sites = tuple(
-            Site(**{**site, "devices": tuple(_device(device) for device in site["devices"])})
+            Site(**{**site, "devices": tuple(device_from(device) for device in site["devices"])})
             for site in document["sites"]
         )
         return cls(sites, tuple(Link(**link) for link in document["links"]))
 
 
-def _device(document: dict[str, Any]) -> Device:
+def device_from(document: dict[str, Any]) -> Device:
+    """Rebuild a device from `asdict`. Raises KeyError or TypeError where the document is not one."""
     held = tuple(
         Held(**{**entry, "kv_heads": tuple(entry["kv_heads"]), "columns": tuple(entry["columns"])})
         for entry in document.get("held", ())
     )
-    return Device(**{**document, "held": held})
+    decoding = {dtype: Decoding(**figures) for dtype, figures in document.get("decoding", {}).items()}
+    return Device(**{**document, "held": held, "decoding": decoding})

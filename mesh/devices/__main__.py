@@ -15,7 +15,8 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -62,14 +63,7 @@ def run(cache_folder: Path, specs: Sequence[str], reserve: float, *, shared_fold
             shared = SpeedCache(shared_folder / digest)
             speed = shared.get(key) if 0 <= shared.age_s(time.time()) < _FRESH_S else None
             if speed is None:
-                speed = calibrate(
-                    load_torch(),
-                    found.torch_device,
-                    threads=threads,
-                    dtypes=found.dtypes,
-                    free_bytes=found.free_bytes,
-                    clock=time.perf_counter,
-                )
+                speed = _measured(load_torch, found, threads)
                 if speed.steady:
                     shared.put(key, speed)
             if speed.steady and not cache.put(key, speed):
@@ -77,6 +71,27 @@ def run(cache_folder: Path, specs: Sequence[str], reserve: float, *, shared_fold
             return speed
 
         return discover(parse_specs(specs), cpu=cpu.find(), load_torch=load_torch, measure=measure, reserve=reserve)
+
+
+def _measured(load_torch: Callable[[], Any], found: Found, threads: int) -> Speed:
+    """Measure a device, and what an exchange with another process of this machine takes."""
+    from mesh.devices import layers
+    from mesh.devices.exchange import Partner
+
+    with Partner() as partner:
+        torch = load_torch()
+        partner.ready()  # loading beside a measurement would disturb it
+        speed = calibrate(
+            torch,
+            found.torch_device,
+            threads=threads,
+            dtypes=found.dtypes,
+            free_bytes=found.free_bytes,
+            # A CPU's only thread: what it waits for the others of a busy machine is not the device's slowness.
+            clock=time.thread_time if found.kind == "cpu" and threads == 1 else time.perf_counter,
+            layers=layers.decoding,
+        )
+        return replace(speed, exchange_s=partner.exchange_s(torch))
 
 
 def _load_torch() -> Any:

@@ -14,16 +14,19 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mesh.devices.calibration import Speed
 from mesh.peer.datadir import write_atomically
+from topology.snapshot import Decoding
 
 FILE_NAME = "calibration.json"
 #: Raised whenever the way of measuring changes, so that old figures are measured again.
-_FORMAT = 1
+_FORMAT = 2
 _BOUNDS = (1e3, 1e18)
+_MOST_S = 1.0
 _MOST_ENTRIES = 64
 
 
@@ -45,7 +48,7 @@ class SpeedCache:
         document = {
             "format": _FORMAT,
             "speeds": {
-                name: {"flops": entry.flops, "memory_bandwidth": entry.memory_bandwidth}
+                name: {key: value for key, value in asdict(entry).items() if key != "steady"}
                 for name, entry in newest.items()
             },
         }
@@ -83,7 +86,24 @@ def _checked(entry: Any) -> Speed | None:
     flops, bandwidth = entry["flops"], entry.get("memory_bandwidth")
     if "float32" not in flops or not all(map(_sane, (*flops.values(), bandwidth))):
         return None
-    return Speed({name: float(figure) for name, figure in flops.items()}, float(bandwidth or 0.0))
+    try:
+        decoding = {str(dtype): Decoding(**figures) for dtype, figures in entry["decoding"].items()}
+    except (KeyError, TypeError, AttributeError):
+        return None
+    exchange_s = entry.get("exchange_s")
+    times = [exchange_s or 0.0, *(time for each in decoding.values() for time in (each.layer_s, each.row_s))]
+    if not all(map(_brief, times)) or not all(_sane(each.bandwidth) for each in decoding.values()):
+        return None
+    return Speed(
+        {name: float(figure) for name, figure in flops.items()},
+        float(bandwidth or 0.0),
+        decoding=decoding,
+        exchange_s=exchange_s,
+    )
+
+
+def _brief(seconds: Any) -> bool:
+    return isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 <= seconds <= _MOST_S
 
 
 def _sane(figure: Any) -> bool:

@@ -2,21 +2,27 @@
 
 Two figures bound inference (the roofline of Williams, Waterman and Patterson, 2009): prefill is matrix products, so
 FLOP/s by dtype is measured with square ones; decode multiplies one row with every weight, so memory bandwidth is
-measured with just that, the very call a worker makes (`linear` of one row), over more weights than any cache holds.
+measured with just that (`linear` of one row), over more weights than any cache holds. How far a real layer stays behind
+that is measured with real layers (`mesh.devices.layers`), and what an exchange between two workers of the machine takes
+with two processes (`mesh.devices.exchange`).
 Of the repeats the lower quartile counts: what else runs on the machine only ever makes a run longer, by a factor of ten
-where threads wait for one that lost its core. One device takes about two seconds.
+where threads wait for one that lost its core. One device takes about three seconds.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from mesh.errors import WorkerError
+from topology.snapshot import Decoding
 
-_BUDGET_S = 0.35
+_BUDGET_S = 0.2
+#: For each of three stacks of layers of each dtype.
+_LAYERS_BUDGET_S = 0.12
 _LEAST_REPEATS, _MOST_REPEATS = 5, 200
 #: A product long enough that call overhead does not count, short enough for five repeats in the budget.
 _PRODUCT_S = 0.02
@@ -39,12 +45,28 @@ class Speed:
     """Measured speed: `flops` is matrix-product FLOP/s by dtype name, `memory_bandwidth` bytes/s of one-row products.
 
     `steady` is False where repeats differed so much that something else was using the device: good enough to plan with,
-    not to keep.
+    not to keep. `decoding` is what layers cost by dtype name; `exchange_s` an all-reduce of a short vector between two
+    processes of the machine, None where it was not measured.
     """
 
     flops: dict[str, float]
     memory_bandwidth: float
     steady: bool = True
+    decoding: dict[str, Decoding] = field(default_factory=dict)
+    exchange_s: float | None = None
+
+
+class Layers(Protocol):
+    """`mesh.devices.layers.decoding`."""
+
+    def __call__(
+        self,
+        torch: Any,
+        torch_device: str,
+        dtype: str,
+        free_bytes: int,
+        typical_s: Callable[[Callable[[], object]], float],
+    ) -> Decoding | None: ...
 
 
 def calibrate(
@@ -55,8 +77,11 @@ def calibrate(
     dtypes: Sequence[str],
     free_bytes: int,
     clock: Callable[[], float],
+    layers: Layers | None = None,
 ) -> Speed:
     """Measure a device. `free_bytes` bounds what is allocated (a quarter of it at most); `clock` gives seconds.
+
+    `layers` measures real layers, where the figures of plain products are not to be all.
 
     Raises WorkerError where not even float32 products work.
     """
@@ -75,7 +100,12 @@ def calibrate(
             if speed >= _USEFUL_SHARE * flops.get("float32", 0.0):
                 flops[dtype] = speed
         bandwidth = _stream(torch, torch_device, timer, free_bytes)
-    return Speed(flops, bandwidth, timer.steady)
+        decoding: dict[str, Decoding] = {}
+        if layers is not None:
+            typical_s = functools.partial(timer.typical_s, budget_s=_LAYERS_BUDGET_S)
+            found = {dtype: layers(torch, torch_device, dtype, free_bytes, typical_s) for dtype in flops}
+            decoding = {dtype: each for dtype, each in found.items() if each is not None}
+    return Speed(flops, bandwidth, timer.steady, decoding)
 
 
 def _products(torch: Any, torch_device: str, dtype: str, timer: _Timer) -> float:

@@ -13,27 +13,34 @@ from mesh.devices.found import Found
 from mesh.devices.spec import DeviceSpec, named
 from mesh.devices.units import format_bytes
 from mesh.errors import ConfigError
-from topology.snapshot import Device
+from topology.snapshot import Device, device_from
 
 _ACCELERATORS = (cuda.find, rocm.find, mps.find, xpu.find)
 
 
 @dataclass(frozen=True, slots=True)
 class LocalDevice:
-    """A device of this site: what the planner sees of it, and what its worker needs (torch's name for it, threads)."""
+    """A device of this site: what the planner sees of it, and what its worker needs (torch's name for it, threads).
+
+    `local_rtt_s` is the round trip to another worker of this machine, None where nobody measured it.
+    """
 
     device: Device
     torch_device: str
     threads: int
+    local_rtt_s: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON document, the inverse of `from_dict`."""
-        return {"device": asdict(self.device), "torch_device": self.torch_device, "threads": self.threads}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, document: dict[str, Any]) -> LocalDevice:
         """Rebuild a device. Raises KeyError or TypeError where the document is not one."""
-        return cls(Device(**document["device"]), str(document["torch_device"]), int(document["threads"]))
+        device = device_from(document["device"])
+        rtt_s = document.get("local_rtt_s")
+        place = str(document["torch_device"]), int(document["threads"])
+        return cls(device, *place, None if rtt_s is None else float(rtt_s))
 
 
 class Measure(Protocol):
@@ -86,9 +93,11 @@ def discover(
                     flops=speed.flops,
                     memory_bandwidth=speed.memory_bandwidth,
                     reserve=reserve,
+                    decoding=speed.decoding,
                 ),
                 found.torch_device,
                 threads,
+                None if speed.exchange_s is None else 2 * speed.exchange_s,
             )
         )
     return devices
@@ -126,4 +135,7 @@ def _speed(spec: DeviceSpec, found: Found, threads: int, measure: Measure) -> Sp
         return Speed(dict.fromkeys(found.dtypes, spec.flops), spec.bandwidth)
     measured = measure(found, threads)
     flops = measured.flops if spec.flops is None else dict.fromkeys(found.dtypes, spec.flops)
-    return Speed(flops, measured.memory_bandwidth if spec.bandwidth is None else spec.bandwidth)
+    if spec.flops is None and spec.bandwidth is None:
+        return measured
+    bandwidth = measured.memory_bandwidth if spec.bandwidth is None else spec.bandwidth
+    return Speed(flops, bandwidth, exchange_s=measured.exchange_s)

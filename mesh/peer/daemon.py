@@ -452,7 +452,9 @@ def _free_port(host: str, port: int) -> tuple[str, int]:
 
 
 def _capabilities(config: PeerConfig, devices: list[LocalDevice]) -> dict[str, Any]:
-    return {"region": config.region, "devices": [asdict(local.device) for local in devices]}
+    rtts_s = [local.local_rtt_s for local in devices if local.local_rtt_s is not None]
+    between = {"local_rtt_s": max(rtts_s)} if rtts_s else {}
+    return {"region": config.region, "devices": [asdict(local.device) for local in devices], **between}
 
 
 def _address_of(gossip: Gossip, site: str) -> str:

@@ -18,12 +18,13 @@ from mesh.jobs.peers import PeerCalls
 from mesh.peer.calls import RemotePeer
 from mesh.peer.pairs import links_between
 from topology.displace import RunningJob
-from topology.snapshot import Device, Site, Snapshot
+from topology.snapshot import Decoding, Device, Site, Snapshot
 
 logger = logging.getLogger(__name__)
 
 #: Bounds of what a peer may say of itself: beyond them lies a mistake or a lie.
 MAX_DEVICES, MAX_BYTES, MAX_SPEED = 64, 1 << 46, 1e18
+MAX_LAYER_S, MAX_LOCAL_RTT_S = 1.0, 1.0
 MAX_PRIORITY = 100
 #: What reading a document that is not what it should be can raise.
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
@@ -145,7 +146,10 @@ def _site(name: str, entry: Mapping[str, Any], load: Mapping[str, Any]) -> Site:
     if not isinstance(devices, list) or not 0 < len(devices) <= MAX_DEVICES:
         raise ValueError(f"a site has 1 to {MAX_DEVICES} devices")
     free = load if isinstance(load, Mapping) else {}
-    return Site(name, str(entry["region"]), tuple(_device(device, free) for device in devices))
+    found = tuple(_device(device, free) for device in devices)
+    if entry.get("local_rtt_s") is None:
+        return Site(name, str(entry["region"]), found)
+    return Site(name, str(entry["region"]), found, local_rtt_s=_number(entry["local_rtt_s"], MAX_LOCAL_RTT_S))
 
 
 def _device(entry: Mapping[str, Any], free: Mapping[str, Any]) -> Device:
@@ -160,4 +164,13 @@ def _device(entry: Mapping[str, Any], free: Mapping[str, Any]) -> Device:
         flops={str(dtype): _number(speed, MAX_SPEED) for dtype, speed in entry["flops"].items()},
         memory_bandwidth=_number(entry["memory_bandwidth"], MAX_SPEED),
         reserve=_number(entry["reserve"], 1.0),
+        decoding={str(dtype): _decoding(figures) for dtype, figures in entry.get("decoding", {}).items()},
+    )
+
+
+def _decoding(figures: Mapping[str, Any]) -> Decoding:
+    return Decoding(
+        layer_s=_number(figures["layer_s"], MAX_LAYER_S),
+        row_s=_number(figures["row_s"], MAX_LAYER_S),
+        bandwidth=_number(figures["bandwidth"], MAX_SPEED),
     )

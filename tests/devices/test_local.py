@@ -82,12 +82,11 @@ def test_the_command_measures_once_and_remembers(
 
     measured: list[int] = []
 
-    def calibrate(torch: object, torch_device: str, *, threads: int, **rest: object) -> Speed:
+    def measure(load_torch: object, found: object, threads: int) -> Speed:
         measured.append(threads)
         return Speed({"float32": threads * 1e11}, 2e10, steady=threads != 3)
 
-    monkeypatch.setattr(command, "calibrate", calibrate)
-    monkeypatch.setattr(command, "_load_torch", lambda: None)
+    monkeypatch.setattr(command, "_measured", measure)
     monkeypatch.setattr(command.platformdirs, "user_cache_path", lambda *names, **options: tmp_path / "shared")
     arguments = ["--cache", str(tmp_path), "--device", "cpu,threads=1", "--device", "cpu,threads=2"]
     for _ in range(2):

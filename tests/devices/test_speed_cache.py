@@ -8,8 +8,9 @@ import pytest
 
 from mesh.devices.cache import FILE_NAME, SpeedCache, undisturbed
 from mesh.devices.calibration import Speed
+from topology.snapshot import Decoding
 
-SPEED = Speed({"float32": 1e11}, 2e10)
+SPEED = Speed({"float32": 1e11}, 2e10, decoding={"float32": Decoding(2e-4, 5e-8, 2e10)}, exchange_s=5e-5)
 
 
 def test_a_speed_is_kept_for_the_next_start(tmp_path: Path) -> None:
@@ -28,13 +29,21 @@ def test_a_speed_is_kept_for_the_next_start(tmp_path: Path) -> None:
         b"[]",
         b"null",
         b'{"format": 0, "speeds": {"key": {"flops": {"float32": 1e11}, "memory_bandwidth": 1e10}}}',
-        b'{"format": 1, "speeds": []}',
-        b'{"format": 1, "speeds": {"key": 5}}',
-        b'{"format": 1, "speeds": {"key": {"flops": {}, "memory_bandwidth": 1e10}}}',
-        b'{"format": 1, "speeds": {"key": {"flops": {"float32": -1}, "memory_bandwidth": 1e10}}}',
-        b'{"format": 1, "speeds": {"key": {"flops": {"float32": NaN}, "memory_bandwidth": 1e10}}}',
-        b'{"format": 1, "speeds": {"key": {"flops": {"float32": true}, "memory_bandwidth": 1e10}}}',
-        b'{"format": 1, "speeds": {"key": {"flops": {"float32": 1e11}}}}',
+        b'{"format": 2, "speeds": []}',
+        b'{"format": 2, "speeds": {"key": 5}}',
+        b'{"format": 1, "speeds": {"key": {"flops": {"float32": 1e11}, "memory_bandwidth": 1e10}}}',
+        b'{"format": 2, "speeds": {"key": {"flops": {"float32": 1e11}, "memory_bandwidth": 1e10, "decoding": 1}}}',
+        b'{"format": 2, "speeds": {"key": {"flops": {"float32": 1e11}, "memory_bandwidth": 1e10, "decoding": '
+        b'{"float32": {"layer_s": -1, "row_s": 0, "bandwidth": 1e10}}}}}',
+        b'{"format": 2, "speeds": {"key": {"flops": {"float32": 1e11}, "memory_bandwidth": 1e10, "decoding": '
+        b'{"float32": {"layer_s": 0, "row_s": 0, "bandwidth": 0}}}}}',
+        b'{"format": 2, "speeds": {"key": {"flops": {"float32": 1e11}, "memory_bandwidth": 1e10, "decoding": {}, '
+        b'"exchange_s": "soon"}}}',
+        b'{"format": 2, "speeds": {"key": {"flops": {}, "memory_bandwidth": 1e10, "decoding": {}}}}',
+        b'{"format": 2, "speeds": {"key": {"flops": {"float32": -1}, "memory_bandwidth": 1e10, "decoding": {}}}}',
+        b'{"format": 2, "speeds": {"key": {"flops": {"float32": NaN}, "memory_bandwidth": 1e10, "decoding": {}}}}',
+        b'{"format": 2, "speeds": {"key": {"flops": {"float32": true}, "memory_bandwidth": 1e10, "decoding": {}}}}',
+        b'{"format": 2, "speeds": {"key": {"flops": {"float32": 1e11}}}}',
         b"[" * 100_000,
     ],
 )

@@ -69,11 +69,22 @@ def test_sites_that_are_gone_are_not_planned_on(state):
         {"flops": {"float32": "fast"}},
         {"flops": None},
         {"reserve": 2.0},
+        {"decoding": {"float32": {"layer_s": -1.0, "row_s": 0.0, "bandwidth": 1e9}}},
+        {"decoding": {"float32": {"layer_s": 0.0, "row_s": 0.0}}},
+        {"decoding": 5},
     ],
 )
 def test_a_device_that_cannot_be_leaves_its_site_out(change):
     snapshot = view({"capabilities": {"a": capabilities(), "b": capabilities(**change)}}).snapshot()
     assert [site.name for site in snapshot.sites] == ["a"]
+
+
+def test_what_a_site_measured_of_its_layers_and_of_its_own_link_is_in_the_snapshot():
+    figures = {"layer_s": 1e-4, "row_s": 5e-8, "bandwidth": 2e10}
+    entry = {**capabilities(decoding={"float32": figures}), "local_rtt_s": 1e-4}
+    (site,) = view({"capabilities": {"a": entry}}, {"a": "alive"}).snapshot().sites
+    assert site.local_rtt_s == 1e-4
+    assert site.devices[0].decoding["float32"].bandwidth == 2e10
 
 
 json = st.recursive(

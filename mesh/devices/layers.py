@@ -1,0 +1,176 @@
+"""What a decoder layer costs a device while it decodes: real layers of made-up weights, in the code that workers run.
+
+Three stacks of layers of the llama family, each larger than a cache: a narrow model's, a quarter shard of the same, and
+a wide model's. Their times a layer are fitted with `layer_s + row_s * rows + bytes / bandwidth`
+(`topology.snapshot.Decoding`) by non-negative least squares of relative errors: the shard tells what does not shrink,
+the wide one what a byte costs where rows are long. Measured on one core of an AMD EPYC (Zen 4), float32: products of
+576 columns read 12 GB/s, of 2048 columns 18.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from topology.snapshot import Decoding
+
+#: A fitted bandwidth is held to this, as `topology.picture` holds it: a device so fast is bound by its calls alone.
+_MOST_BANDWIDTH = 1e15
+_HEAD_DIM = 64
+#: Positions in the KV cache while it is measured: few, what more of them cost is bytes.
+_POSITION = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Layers to measure: hidden size, KV heads of two query heads each, MLP columns, and the shard's share of both."""
+
+    hidden: int
+    kv_heads: int
+    columns: int
+    share: int = 1
+
+    @property
+    def rows(self) -> int:
+        """Output rows of all matrices of one layer's shard."""
+        return 4 * _HEAD_DIM * self.kv_heads // self.share + 2 * self.columns // self.share + 2 * self.hidden
+
+    @property
+    def weights(self) -> int:
+        """Weights in the matrices of one layer's shard."""
+        attention = self.hidden * 6 * _HEAD_DIM * self.kv_heads
+        return (attention + 3 * self.hidden * self.columns) // self.share
+
+
+#: The narrow one is about a model of 150 million parameters, the wide one of a billion (TinyLlama's 2048 and 5632).
+_CPU = (Sample(512, 4, 1536), Sample(512, 4, 1536, 4), Sample(2048, 16, 5632))
+#: On a GPU small layers cost their launches; the wide one is that of seven billion parameters.
+_GPU = (Sample(1024, 8, 2816), Sample(1024, 8, 2816, 4), Sample(4096, 32, 11008))
+#: Weights of a stack: beyond the caches (a CPU's last level, a GPU's second) by a good measure.
+_CPU_BYTES, _GPU_BYTES = 128 * 2**20, 2**29
+#: Small layers would need hundreds to fill that; so many evict one another's code and buffers as well.
+_MOST_LAYERS = 24
+
+
+def decoding(
+    torch: Any, torch_device: str, dtype: str, free_bytes: int, typical_s: Callable[[Callable[[], object]], float]
+) -> Decoding | None:
+    """Measure a device in one dtype; None where its memory is too small for that (a quarter of it is taken at most).
+
+    `typical_s` gives the seconds of a run that it repeats.
+    """
+    element = getattr(torch, dtype).itemsize
+    samples, wanted = (_CPU, _CPU_BYTES) if torch_device == "cpu" else (_GPU, _GPU_BYTES)
+    measured: list[tuple[Sample, float]] = []
+    for sample in samples:
+        size = sample.weights * element
+        layers = min(max(wanted // size, 1), _MOST_LAYERS, free_bytes // 4 // size)
+        if layers >= 1:
+            measured.append((sample, typical_s(_stack(torch, torch_device, dtype, sample, layers)) / layers))
+    return fit(measured, element) if len(measured) == len(samples) else None
+
+
+def fit(measured: list[tuple[Sample, float]], element_bytes: int) -> Decoding:
+    """The three figures that explain seconds a layer best, none of them negative."""
+    import numpy as np
+    from scipy.optimize import nnls
+
+    equations = np.array(
+        [[1e-6 / s, 1e-9 * each.rows / s, 1e-12 * each.weights * element_bytes / s] for each, s in measured]
+    )
+    layer_us, row_ns, byte_ps = (float(value) for value in nnls(equations, np.ones(len(measured)))[0])
+    return Decoding(layer_us * 1e-6, row_ns * 1e-9, min(1e12 / max(byte_ps, 1e-9), _MOST_BANDWIDTH))
+
+
+class _Weights:
+    """Tensors of given shapes whose numbers are of no matter."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self._shapes = shapes
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def dtype(self, name: str) -> Any:
+        raise NotImplementedError
+
+    def read_into(self, out: Any, name: str, start: tuple[int, ...]) -> None:
+        out.fill_(0.001)
+
+    def close(self) -> None:
+        pass
+
+
+def _stack(torch: Any, torch_device: str, dtype: str, sample: Sample, layers: int) -> Callable[[], object]:
+    """One decoding step through so many layers."""
+    from mesh.runtime.assignment import Assignment
+    from mesh.runtime.cache import KVCache
+    from mesh.runtime.fused import FusedLayer, FusedStack
+    from mesh.runtime.shape import Shape
+    from mesh.runtime.source import ModelSource
+
+    groups, columns = sample.kv_heads // sample.share, sample.columns // sample.share
+    shape = Shape(
+        layers=layers,
+        hidden=sample.hidden,
+        heads=2 * sample.kv_heads,
+        kv_heads=sample.kv_heads,
+        head_dim=_HEAD_DIM,
+        intermediate=sample.columns,
+        vocab=1,
+        eps=1e-5,
+        tied=True,
+        qk_norm=False,
+        rope=(("rope_theta", 1e4), ("rope_type", "default")),
+        windows=(None,) * layers,
+    )
+    assignment = Assignment(
+        job="calibration",
+        epoch=(0, ""),
+        model="",
+        dtype=dtype,
+        device=torch_device,
+        threads=0,
+        memory_bytes=0,
+        context=2 * _POSITION,
+        stage=0,
+        stages=1,
+        start=0,
+        end=layers,
+        rank=0,
+        size=1,
+        kv_heads=(0, groups),
+        columns=(0, columns),
+        vocabulary=(0, 0),
+    )
+    heads, kv = 2 * sample.kv_heads * _HEAD_DIM, sample.kv_heads * _HEAD_DIM
+    blocks = {
+        "self_attn.q_proj": (heads, sample.hidden),
+        "self_attn.k_proj": (kv, sample.hidden),
+        "self_attn.v_proj": (kv, sample.hidden),
+        "self_attn.o_proj": (sample.hidden, heads),
+        "mlp.gate_proj": (sample.columns, sample.hidden),
+        "mlp.up_proj": (sample.columns, sample.hidden),
+        "mlp.down_proj": (sample.hidden, sample.columns),
+        "input_layernorm": (sample.hidden,),
+        "post_attention_layernorm": (sample.hidden,),
+    }
+    names = {
+        f"model.layers.{index}.{module}.weight": size for index in range(layers) for module, size in blocks.items()
+    }
+    source = ModelSource(Path("calibration"), {}, _Weights(names), gguf=False)
+    stack = FusedStack(shape, assignment)
+    for index in range(layers):
+        stack.layers[index] = FusedLayer(index, shape, source, assignment, {})
+    options = {"dtype": getattr(torch, dtype), "device": torch.device(torch_device)}
+    cache = KVCache(layers=layers, kv_heads=groups, head_dim=_HEAD_DIM, context=2 * _POSITION, **options)
+    sequence = cache.open("calibration", 0, _POSITION + 1)
+    for buffer in sequence.buffers:
+        buffer.zero_()  # what lies in fresh memory may be no numbers, or slow ones
+    x = torch.full((1, sample.hidden), 0.1, **options)
+    return lambda: stack.run(x, _POSITION, sequence, None)

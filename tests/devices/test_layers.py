@@ -1,0 +1,65 @@
+"""What layers cost is fitted to what was measured, in the workers' own code, within the memory that is free."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from mesh.devices import layers
+from mesh.devices.exchange import Partner, typical_s
+from mesh.devices.layers import Sample, decoding, fit
+
+
+def test_what_times_follow_is_found_out() -> None:
+    samples = (Sample(512, 4, 1536), Sample(512, 4, 1536, 4), Sample(2048, 16, 5632))
+    measured = [(each, 2e-4 + each.rows * 5e-8 + 4 * each.weights / 2e10) for each in samples]
+    found = fit(measured, 4)
+    assert (found.layer_s, found.row_s, found.bandwidth) == pytest.approx((2e-4, 5e-8, 2e10))
+
+
+def test_no_figure_is_negative_or_infinite_whatever_was_measured() -> None:
+    shrinking = [(Sample(512, 4, 1536), 1e-3), (Sample(512, 4, 1536, 4), 1e-2), (Sample(2048, 16, 5632), 1e-4)]
+    found = fit(shrinking, 2)
+    assert found.layer_s >= 0 <= found.row_s
+    assert 0 < found.bandwidth <= 1e15
+
+
+def test_real_layers_are_run_and_memory_is_kept_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(layers, "_CPU", (Sample(64, 2, 128), Sample(64, 2, 128, 2), Sample(128, 2, 256)))
+    runs = []
+
+    def typical(run: Callable[[], object]) -> float:
+        runs.append(run())
+        return 1e-3 * len(runs)
+
+    with torch.inference_mode():
+        assert decoding(torch, "cpu", "float32", 2**22, typical) is not None
+        assert [tuple(x.shape) for x in runs] == [(1, 64), (1, 64), (1, 128)]
+        assert all(bool(torch.isfinite(x).all()) for x in runs)
+        assert decoding(torch, "cpu", "float32", 2**18, typical) is None
+
+
+def test_an_exchange_is_what_a_round_takes_beyond_computing() -> None:
+    alone = [5e-4] * 8
+    assert typical_s(alone, [5.5e-4] * 6 + [9e-3] * 2) == pytest.approx(5e-5)
+    assert typical_s(alone, [9e-3] * 8) is None  # a busy machine, not the loopback
+    assert typical_s(alone, alone) is None
+
+
+def test_two_real_processes_exchange_or_say_that_they_could_not() -> None:
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    try:
+        with Partner() as partner:
+            assert partner.ready()
+            found = partner.exchange_s(torch)
+    finally:
+        torch.set_num_threads(threads)
+    assert found is None or 1e-6 <= found <= 1e-3
+
+
+def test_a_partner_that_ends_at_once_is_no_exchange() -> None:
+    with Partner(("true",)) as partner:
+        assert partner.exchange_s(None) is None
