@@ -37,7 +37,7 @@ _SHARPNESS: Final = 6
 #: Share of the proposals for layouts whose tokens never leave a region, where a region can hold the model.
 APART: Final = 0.25
 #: Share of the most flow that may be given up for less network time.
-SLACK: Final = 0.05
+SLACK: Final = 0.02
 #: Points of the front, at most; they are spread over it.
 FRONT: Final = 16
 
