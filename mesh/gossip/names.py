@@ -17,6 +17,8 @@ from mesh.gossip.probing import Prober
 NEWCOMER_S = 10.0
 #: After a site answered for its name, other claims to it are not looked into for so long.
 CONTEST_GAP_S = 5.0
+#: A namesake that we only heard of is asked at most this often.
+ASK_GAP_S = 0.2
 #: How often the old address is asked.
 QUESTIONS = 3
 
@@ -30,6 +32,7 @@ class Names:
         self._prober = prober
         self._condemn = condemn
         self._started_s = 0.0
+        self._asked_s = float("-inf")
 
     def start(self, now: float) -> None:
         """We are new from now on."""
@@ -69,9 +72,17 @@ class Names:
         if sender.address != self._own.address and not sender.left and not self._own.left:
             self._own.send(source, Taken(self._own.address))
 
-    def taken(self, message: Taken, now: float) -> None:
-        """Another living peer has our name. A newcomer gives way; who was there first goes on."""
+    def taken(self, sender: Sender, message: Taken, now: float) -> None:
+        """Another living peer has our name. A newcomer gives way; who was there first goes on.
+
+        Only the namesake's own word counts, which its head proves. Hearsay is a reason to ask it, and nothing more.
+        """
         if message.address == self._own.address:
+            return
+        if sender.site != self._own.site or sender.address != message.address:
+            if now - self._asked_s >= ASK_GAP_S:
+                self._asked_s = now
+                self._prober.ping(message.address, self._own.site, now, "plain")
             return
         self._own.emit("conflict", self._own.site)
         if now - self._started_s < NEWCOMER_S:

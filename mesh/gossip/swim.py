@@ -229,7 +229,7 @@ class Swim:
 
     def taken(self, sender: Sender, message: Taken, now: float) -> None:
         """Another living peer has our name. A newcomer gives way; who was there first goes on."""
-        self._names.taken(message, now)
+        self._names.taken(sender, message, now)
 
     def consider(self, claim: Claim, now: float) -> None:
         """Weigh a claim about anybody, from anybody."""
