@@ -69,7 +69,8 @@ WORLDS = (
             Case("two shards", {**_F, "sites": ["a"], "shards": [2]}),
             Case("two shards", {**_B, "sites": ["a"], "shards": [2]}),
             Case("two stages of one site", {**_F, "sites": ["a"], "shards": [1, 1]}),
-            Case("three stages", {**_B, "shards": [1, 1, 1], "max_sites": 3}),
+            Case("three stages", {**_B, "shards": [1, 1, 1]}),
+            Case("two shards, then two shards", {**_B, "sites": ["a", "b"], "shards": [2, 2]}),
         ),
     ),
     World(
@@ -79,22 +80,30 @@ WORLDS = (
             Case("two stages", {**_F, "sites": ["b", "c"], "shards": [1, 1]}),
             Case("three stages", {**_F, "sites": ["a", "b", "c"], "shards": [1, 1, 1]}),
             Case("two shards, then one device", {**_F, "sites": ["a", "c"], "shards": [2, 1]}),
-            Case("two shards, then two shards", {**_B, "sites": ["a", "b"], "shards": [2, 2]}),
         ),
-        # Nothing fits one site, so that plans with forced shapes spread over as many as they name.
-        {"a": (340, 340), "b": (340, 340), "c": (500,)},
+        # Small devices, so that plans of forced shapes spread over the sites that they name.
+        {"a": (340, 340), "b": (500,), "c": (500,)},
     ),
     World(
         "uneven",
         (5, 40, 80),
         (
-            Case("three stages, two large", {**_F, "sites": ["a", "b", "c"], "shards": [1, 1, 1]}),
-            Case("three stages, two large", {**_B, "sites": ["a", "b", "c"], "shards": [1, 1, 1]}),
+            Case("three stages, one small", {**_F, "sites": ["a", "b", "c"], "shards": [1, 1, 1]}),
+            Case("three stages, one small", {**_B, "sites": ["a", "b", "c"], "shards": [1, 1, 1]}),
             Case("two stages", {**_B, "sites": ["b", "c"], "shards": [1, 1]}),
+            Case("two stages", {**_F, "sites": ["a", "b"], "shards": [1, 1]}),
+        ),
+        {"a": (420,), "b": (420,), "c": (250,)},
+    ),
+    World(
+        "far",
+        (30, 80, 50),
+        (
             Case("one device, then two shards", {**_F, "sites": ["a", "c"], "shards": [1, 2]}),
+            Case("two shards, then one device", {**_B, "sites": ["a", "b"], "shards": [2, 1]}),
             Case("first and last stage at home", {**_F, "sites": ["a", "b"], "shards": [1, 1, 1], "private": True}),
         ),
-        {"a": (420, 300), "b": (420,), "c": (280,)},
+        {"a": (340, 340), "b": (500,), "c": (500,)},
     ),
     World(
         "metro",

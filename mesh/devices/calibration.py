@@ -21,8 +21,8 @@ from mesh.errors import WorkerError
 from topology.snapshot import Decoding
 
 _BUDGET_S = 0.2
-#: For each of three stacks of layers of each dtype.
-_LAYERS_BUDGET_S = 0.12
+#: For each of three rounds over three stacks of layers of each dtype.
+_LAYERS_BUDGET_S = 0.04
 _LEAST_REPEATS, _MOST_REPEATS = 5, 200
 #: A product long enough that call overhead does not count, short enough for five repeats in the budget.
 _PRODUCT_S = 0.02

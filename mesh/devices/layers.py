@@ -44,32 +44,40 @@ class Sample:
         return (attention + 3 * self.hidden * self.columns) // self.share
 
 
-#: The narrow one is about a model of 150 million parameters, the wide one of a billion (TinyLlama's 2048 and 5632).
-_CPU = (Sample(512, 4, 1536), Sample(512, 4, 1536, 4), Sample(2048, 16, 5632))
+#: The narrow one is about that of a model of 150 million parameters, the wide one that of half a billion.
+_CPU = (Sample(512, 4, 1536), Sample(512, 4, 1536, 4), Sample(1536, 12, 4096))
 #: On a GPU small layers cost their launches; the wide one is that of seven billion parameters.
 _GPU = (Sample(1024, 8, 2816), Sample(1024, 8, 2816, 4), Sample(4096, 32, 11008))
 #: Weights of a stack: beyond the caches (a CPU's last level, a GPU's second) by a good measure.
 _CPU_BYTES, _GPU_BYTES = 128 * 2**20, 2**29
 #: Small layers would need hundreds to fill that; so many evict one another's code and buffers as well.
 _MOST_LAYERS = 24
+#: The stacks take turns: whoever else uses the machine for a while must not spoil the figure of one of them alone.
+_ROUNDS = 3
 
 
 def decoding(
     torch: Any, torch_device: str, dtype: str, free_bytes: int, typical_s: Callable[[Callable[[], object]], float]
 ) -> Decoding | None:
-    """Measure a device in one dtype; None where its memory is too small for that (a quarter of it is taken at most).
+    """Measure a device in one dtype; None where it cannot run them, for want of memory say: a quarter is taken at most.
 
     `typical_s` gives the seconds of a run that it repeats.
     """
     element = getattr(torch, dtype).itemsize
     samples, wanted = (_CPU, _CPU_BYTES) if torch_device == "cpu" else (_GPU, _GPU_BYTES)
-    measured: list[tuple[Sample, float]] = []
-    for sample in samples:
-        size = sample.weights * element
-        layers = min(max(wanted // size, 1), _MOST_LAYERS, free_bytes // 4 // size)
-        if layers >= 1:
-            measured.append((sample, typical_s(_stack(torch, torch_device, dtype, sample, layers)) / layers))
-    return fit(measured, element) if len(measured) == len(samples) else None
+    room = free_bytes // 4 // len(samples)
+    counts = [
+        min(max(wanted // size, 1), _MOST_LAYERS, room // size) for size in (s.weights * element for s in samples)
+    ]
+    if not all(counts):
+        return None
+    try:
+        runs = [_stack(torch, torch_device, dtype, *pair) for pair in zip(samples, counts, strict=True)]
+        rounds = [[typical_s(run) for run in runs] for _ in range(_ROUNDS)]
+    except (RuntimeError, TypeError, NotImplementedError):  # out of memory, or an operation it lacks
+        return None
+    least = [min(times) / count for times, count in zip(zip(*rounds, strict=True), counts, strict=True)]
+    return fit(list(zip(samples, least, strict=True)), element)
 
 
 def fit(measured: list[tuple[Sample, float]], element_bytes: int) -> Decoding:
