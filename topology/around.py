@@ -1,7 +1,8 @@
 """Planning again on a large mesh: only what is left of the plan and the sites near it are looked at first.
 
 After a loss a user waits. What replaces the lost site is nearly always near those that stay, for the ring goes on
-through them; only where nothing near will do is the whole mesh searched.
+through them; where nothing is left, the most capable sites come first. Only where those will not do is the whole mesh
+searched.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def around(snapshot: Snapshot, previous: Plan | None) -> Snapshot | None:
     present = {site.name for site in snapshot.sites}
     left = used & present
     if not left:
-        return None
+        return _capable(snapshot)
     others = present - left
     nearest_s: dict[str, float] = {}
     for link in snapshot.links:
@@ -39,3 +40,18 @@ def around(snapshot: Snapshot, previous: Plan | None) -> Snapshot | None:
     near = heapq.nsmallest(NEAR + len(used) - len(left), nearest_s, key=lambda name: (nearest_s[name], name))
     kept = left | set(near)
     return snapshot.without(present - kept) if len(kept) < len(present) else None
+
+
+def _capable(snapshot: Snapshot) -> Snapshot:
+    """The sites with most memory bandwidth, and with most of it for their price: nothing is left to be near to."""
+    speed, value = {}, {}
+    for site in snapshot.sites:
+        speed[site.name] = sum(device.memory_bandwidth for device in site.devices if device.free_bytes)
+        price = site.price_per_hour + sum(device.price_per_hour for device in site.devices)
+        value[site.name] = speed[site.name] / price if price > 0 else 0.0
+    kept = {
+        name
+        for figures in (speed, value)
+        for name in heapq.nsmallest(NEAR, figures, key=lambda name: (-figures[name], name))
+    }
+    return snapshot.without({site.name for site in snapshot.sites} - kept)

@@ -187,7 +187,7 @@ class Assembler:
             size = self.model.activation_bytes
             cost = [[self.hop_s(a, b, size) for b in leads] for a in leads]
             self._rings[leads] = rings(cost)
-            self.work += len(leads) ** 2 * (2 ** len(leads) / 256 if len(leads) <= EXACT else 4)
+            self.work += len(leads) ** 2 * (2 ** len(leads) / 256 if len(leads) <= EXACT else 0.08)
         return self._rings[leads]
 
     def hop_s(self, source: str, target: str, size_bytes: float) -> float:
@@ -204,6 +204,12 @@ class Assembler:
         last = len(islands) - 1
         self.work += 0.1 * len(islands)
         fits = [self._fit(island, policy, index == 0, index == last) for index, island in enumerate(islands)]
+        if counts is not None and policy == "speed":  # shares that are not the fastest may hold what is asked for
+            places = zip(fits, islands, counts, range(len(islands)), strict=True)
+            fits = [
+                each if each is not None and each.capacity >= n else self._fit(island, policy, i == 0, i == last, n)
+                for each, island, n, i in places
+            ]
         good = [each for each in fits if each is not None]
         if len(good) != len(fits) or not self._shape_is_wanted(good):
             return None

@@ -20,6 +20,8 @@ from topology.solve import Request, Solution
 SAME: Final = 0.01
 #: Sets of sites looked at for rivals, at most.
 MAX_RIVAL_SETS: Final = 64
+#: The same where the chosen plan has many sites, and each set takes long.
+FEW_RIVAL_SETS: Final = 12
 
 #: What each objective asks, in words.
 WISHES = {
@@ -86,7 +88,7 @@ def _rivals(search: Search, chosen: Candidate) -> list[str]:
     sets = [chosen.sites] + [frozenset([name]) for name in sites]
     if len(chosen.sites) == 1:
         sets += [chosen.sites | {name} for name in sites if name not in chosen.sites]
-    del sets[MAX_RIVAL_SETS:]
+    del sets[MAX_RIVAL_SETS if len(chosen.sites) <= FEW_RIVAL_SETS else FEW_RIVAL_SETS :]
     kinds = ["single"] if search.strategy == "pipeline" else ["single", "tensor_parallelism"]
     lines = []
     for kind in [*kinds, "pipeline"]:

@@ -28,6 +28,9 @@ STAY: Final = 0.25
 HORIZON_S: Final = 600.0
 #: Places for a boundary between two surviving stages that are tried, where several spans were lost at once.
 _SPLITS: Final = 3
+#: Stages of all candidates that are tried together, of either kind; and candidates at least. A user waits.
+_STAGES: Final = 600
+_LEAST: Final = 8
 
 
 def kept_bytes(candidate: Candidate, previous: Plan) -> int:
@@ -75,9 +78,11 @@ def kept(search: Search, previous: Plan, best: Candidate) -> list[Candidate]:
     if all(islands):
         found += _all(search, [island for island in islands if island], spans)
     elif any(islands):
-        for counts in _stretched(islands, spans):
+        most = max(_STAGES // len(islands), _LEAST)
+        for counts in itertools.islice(_stretched(islands, spans), most):
             found += _all(search, [island for island in islands if island], counts)
-        found += [c for filled in _filled(search, islands, best) for c in _all(search, filled, spans)]
+        filled = itertools.islice(_filled(search, islands, best), most)
+        found += [c for choice in filled for c in _all(search, choice, spans)]
     limit = search.constraints.max_sites
     good = [c for c in found if c is not None and search.meets(c) and (limit is None or len(c.sites) <= limit)]
     return sorted(good, key=lambda candidate: candidate.cost(search.constraints.wish))
@@ -123,13 +128,16 @@ def _moving_s(search: Search, candidate: Candidate, previous: Plan) -> float:
     held = kept_by_device(candidate, previous)
     sources = [name for name in previous.sites if name in search.picture.nodes] or list(search.picture.sites)
     took = 0.0
+    widest: dict[str, float] = {}
     for each, layers in zip(candidate.fits, candidate.counts, strict=True):
         for rank, node in enumerate(each.nodes):
             groups, columns = width(each.kv_heads[rank]), width(each.columns[rank])
             size = layers * (attention_bytes(search.model, groups) + mlp_bytes(search.model, columns))
-            paths = [search.picture.path(name, node.site) for name in sources]
-            widest = max((path.bandwidth for path in paths if path.reachable), default=UNMEASURED_BANDWIDTH)
-            took += (size - held.get(node.key, 0)) / widest
+            if node.site not in widest:
+                paths = [search.picture.path(name, node.site) for name in sources]
+                reachable = (path.bandwidth for path in paths if path.reachable)
+                widest[node.site] = max(reachable, default=UNMEASURED_BANDWIDTH)
+            took += (size - held.get(node.key, 0)) / widest[node.site]
     return took
 
 

@@ -93,7 +93,7 @@ def solve(
     if near is not None:
         solution, outcome = solve(replace(request, snapshot=near), thorough=thorough, max_work=min(WORK, max_work))
         if solution is not None:
-            line = f"planned again among the {len(near.sites)} sites that are left of the plan or near to it"
+            line = f"planned again among {len(near.sites)} sites: those left of the plan and near, or most capable"
             return replace(solution, extra=(*solution.extra, line)), outcome
     wishes = request.constraints
     outcome = Outcome(None, None, False)
