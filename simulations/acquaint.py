@@ -23,7 +23,7 @@ def acquaint(net: VirtualNetwork) -> None:
             if site != core.site and own.roster.get(site) is None:
                 peer = Peer(site, claim.address, ALIVE, claim.incarnation, claim.proof)
                 own.roster.add(peer)
-                prober.enlist(peer)
+                prober.turns.enlist(peer)
                 core._touched(site)
                 for key, entry in published[site].entries.items():
                     core._state.merge(site, published[site].generation, key, entry)

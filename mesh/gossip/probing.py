@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 from mesh.gossip.members import SUSPECT, Peer, Probe
 from mesh.gossip.messages import Ack, Nack, Ping, PingRequest, Rumour, Sender
 from mesh.gossip.own import Own
+from mesh.gossip.turns import Turns
 
 #: Sequence numbers remembered, and for how long: beyond the slowest round trip that counts.
 MAX_PENDING = 4096
@@ -64,9 +65,7 @@ class Prober:
         self._answered = answered
         self._reaches = reaches
         self._estimate_s = estimate_s
-        self._order: list[str] = []
-        self._listed: set[str] = set()
-        self._last_target = ""
+        self.turns = Turns(own)
         self._running: Probe | None = None
         self._relays = 0
         self._waiting: dict[int, Waiting] = {}
@@ -77,14 +76,6 @@ class Prober:
     def start(self, now: float) -> None:
         """Begin to probe."""
         self._own.timers.at(now + self._own.t.probe_interval_s * self._own.rng.random(), self._tick)
-
-    def enlist(self, peer: Peer) -> None:
-        """Probe a member from now on, from a random place in this round."""
-        if peer.site not in self._listed:
-            self._listed.add(peer.site)
-            place = int(self._own.rng.random() * (len(self._order) + 1))
-            self._order.append(peer.site)
-            self._order[place], self._order[-1] = self._order[-1], self._order[place]
 
     def interval_s(self) -> float:
         """Seconds between two probes of ours, in good health."""
@@ -102,27 +93,10 @@ class Prober:
                 return  # memberlist's prober does one thing at a time
         else:
             own.timers.at(now + own.jitter(self.interval_s()) * (1 + own.health), self._tick)
-        target = self._next_target()
+        target = self.turns.next()
         if target is not None and target.probe is None:
             self.probe(target, now)
             self._running = target.probe
-
-    def _next_target(self) -> Peer | None:
-        roster = self._own.roster
-        for _ in range(2):
-            while self._order:
-                site = self._order.pop()
-                self._listed.discard(site)
-                peer = roster.get(site)
-                if peer is not None and peer.live:
-                    self._last_target = site
-                    return peer
-            self._order = [peer.site for peer in roster.live()]
-            self._listed = set(self._order)
-            self._own.rng.shuffle(self._order)
-            if len(self._order) > 1 and self._order[-1] == self._last_target:
-                self._order[0], self._order[-1] = self._order[-1], self._order[0]  # never the same one twice in a row
-        return None
 
     # ---------------------------------------------------------------- one ping
 
