@@ -42,7 +42,7 @@ SOFTNESS: Final = 0.1
 #: A near peer may weigh so many times as much as the median one.
 MAX_SHARE: Final = 30.0
 #: Steps of replay after a probe: as many while young as convergence takes; a settled site replays every fourth probe.
-YOUNG_STEPS: Final = 5
+YOUNG_STEPS: Final = 3
 SETTLED_STEPS: Final = 2
 SETTLED_AFTER: Final = 256
 SETTLED_EVERY: Final = 4
@@ -167,7 +167,7 @@ class Coordinates:
         if not self._peers:
             return False
         far_s = math.dist(before.place, self._place) + abs(before.height_s - self._height_s)
-        return far_s > max(least_s, share * float(np.median(self._rtts[: len(self._peers)])))
+        return far_s > max(least_s, share * _middle(self._rtts[: len(self._peers)]))
 
     def heard(self, peer: str, coordinate: Coordinate) -> None:
         """`peer` is at `coordinate` now, says gossip. Counts only for peers that were probed, and moves nothing yet."""
@@ -195,10 +195,10 @@ class Coordinates:
         places, heights, rtts = self._places[:count], self._heights[:count], self._rtts[:count]
         scale = np.maximum(rtts, NOISE_S)
         base = scale**-1.5
-        base = np.minimum(base, MAX_SHARE * float(np.median(base)))
+        limit_s = _middle(rtts)
+        base = np.minimum(base, MAX_SHARE * max(limit_s, NOISE_S) ** -1.5)
         base *= np.exp((self._when[:count] - self._probes) / (FIRST_AGE + AGE_SHARE * self._probes))
         pace = count / (count + CAUTION)
-        limit_s = float(np.median(rtts))
         gaps = rtts
         for _ in range(steps):
             away = self._place - places
@@ -215,3 +215,9 @@ class Coordinates:
         self._place = np.clip(self._place, -MAX_PLACE_S, MAX_PLACE_S)
         relative = np.minimum(np.abs(gaps) / scale, MAX_ERROR)
         self._error = min(MAX_ERROR, float((relative.sum() + 2 * MAX_ERROR) / (count + 2)))
+
+
+def _middle(values: _Vector) -> float:
+    """The upper median; numpy's own takes five times as long on so few."""
+    half = len(values) // 2
+    return float(np.partition(values, half)[half])

@@ -20,9 +20,7 @@ COORDINATES: Final = "coordinates"
 #: Links looked through a second where they are many: twice a minute for 490.
 LOOKED_A_SECOND: Final = 16
 #: What all coordinates together may cost each receiver, and what one costs on the wire.
-BUDGET_BYTES_S, COORDINATE_BYTES = 100.0, 200
-#: Coordinates that a site of a large new mesh publishes as they settle, before the budget holds it back.
-CROWD_BURST = 3
+BUDGET_BYTES_S, COORDINATE_BYTES = 600.0, 400
 #: A coordinate is published after so many probes (or as many as there are others), and again when it has moved by this
 #: share of the median round trip, and at least so much.
 FIRST_PROBES, MOVED_SHARE, MOVED_S = 16, 0.1, 3e-3
@@ -37,7 +35,7 @@ class Distances:
         self.coordinates = Coordinates(rng)
         self._told: Coordinate | None = None
         self._packed = (-1, b"")
-        self._pace = Pace(BUDGET_BYTES_S, CROWD_BURST)
+        self._pace = Pace(BUDGET_BYTES_S, site)
 
     def where(self) -> bytes:
         """Our packed coordinate."""
