@@ -52,7 +52,7 @@ figures (times in virtual seconds; null where one does not apply, or where so mu
                       sites, which know each other from the start
   trace_sha256        of every delivery and every event, in order
 
-a run: start and warm-up of 30 s and 0.25 s a site (not part of M), a quarter of M quiet (at most 60 s), a quarter of M
+a run: start and warm-up of 30 s and 0.05 s a site (not part of M), a quarter of M quiet (at most 60 s), a quarter of M
 with one changed entry a second (at most 30 s), then the fault for the rest of M. A run goes on beyond M while a
 partition lasts, and at most 15 minutes until a crash is known to all or halves have met.
 
