@@ -31,6 +31,7 @@ class Distances:
 
     def __init__(self, site: str, rng: Randomness) -> None:
         """`site` is our own name; `rng` chooses where our coordinate starts."""
+        self._rng = rng
         self.links = Links(site)
         self.coordinates = Coordinates(rng)
         self._told: Coordinate | None = None
@@ -73,8 +74,9 @@ class Distances:
         }
 
     def look_gap_s(self, others: int, least_s: float) -> float:
-        """Seconds between two calls of `news`."""
-        return max(least_s, others / LOOKED_A_SECOND)
+        """Seconds between two calls of `news`: drawn anew each time where sites are many, so that they do not keep step."""
+        usual_s = others / LOOKED_A_SECOND
+        return least_s if usual_s <= least_s else max(least_s, usual_s * (0.5 + self._rng.random()))
 
     def news(self, live: list[Peer], now: float) -> Iterator[tuple[str, dict[str, Any]]]:
         """What has changed enough to be published: key and value."""

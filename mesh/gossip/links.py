@@ -32,6 +32,9 @@ NOISE_S: Final = 0.5e-3
 #: What the link entries of all sites together may cost each peer, in the long run and at once in a new mesh. A quiet
 #: mesh may spend 2 KB/s, of which the probes of 490 sites take 0.3; coordinates have a budget of their own.
 BUDGET_BYTES_S, BURST_BYTES = 300.0, 400_000
+#: Above `WHOLE_MATRIX` sites nothing is spent at once: sites that start together publish first within this long each,
+#: 1.6 minutes in all for 490.
+FIRST_EACH_S: Final = 0.2
 #: How many documents a broken path may borrow.
 DEBT: Final = 3
 #: What an entry costs on the wire beside its value: names, version, proof, and its share of anti-entropy. Measured on
@@ -142,8 +145,8 @@ def shared_draw(one: str, other: str) -> bytes:
 class Pace:
     """A purse of bytes: what may be published now, so that all sites together cost each peer a fixed rate.
 
-    It holds a site's share of the burst, and one document at least. Where it holds no more, sites begin with purses
-    filled unalike, so that a mesh that starts together does not publish together.
+    It holds a site's share of the burst. In a large mesh it holds one document, and the first is held back for a time
+    that differs from site to site, so that a mesh that starts together does not publish together.
     """
 
     def __init__(self, budget_bytes_s: float, site: str) -> None:
@@ -152,17 +155,19 @@ class Pace:
         self._begins = int.from_bytes(shared_draw(site, site)) / 2**64
         self._spent = 0.0
         self._since_s: float | None = None
+        self._first_s = -math.inf
 
     def pay(self, size_bytes: int, sites: int, now: float, *, urgent: bool = False) -> bool:
         """Pay for a document that `sites` sites publish alike, if the purse allows it; what is urgent may borrow."""
-        holds = max(size_bytes, BURST_BYTES / max(1, sites))
+        large = sites > WHOLE_MATRIX
+        holds = size_bytes if large else max(size_bytes, BURST_BYTES / max(1, sites))
         if self._since_s is None:
-            self._spent = self._begins * size_bytes if holds == size_bytes else 0.0
+            self._first_s = now + self._begins * FIRST_EACH_S * sites if large else now
         else:
             earned = max(0.0, now - self._since_s) * self._budget_bytes_s / max(1, sites)
             self._spent = max(0.0, self._spent - earned)
         self._since_s = now
-        if self._spent + size_bytes > holds + (DEBT * size_bytes if urgent else 0):
+        if now < self._first_s or self._spent + size_bytes > holds + (DEBT * size_bytes if urgent else 0):
             return False
         self._spent += size_bytes
         return True
