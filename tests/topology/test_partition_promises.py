@@ -39,7 +39,7 @@ def snapshots(draw: st.DrawFn, most: int = 4) -> Snapshot:
 
 strategies = st.sampled_from(["auto", "tensor_parallelism", "pipeline"])
 wishes = st.sampled_from(["low", "medium", "high"])
-quick = settings(max_examples=50, deadline=None, derandomize=True)
+quick = settings(max_examples=20, deadline=None, derandomize=True)
 
 
 def planned(snapshot: Snapshot, strategy: str, wish: str, **more: object) -> Plan | None:
