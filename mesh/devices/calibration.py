@@ -56,6 +56,10 @@ class Speed:
     exchange_s: float | None = None
 
 
+class Busy(Exception):
+    """Others use the machine so much that measuring would take long and tell nothing."""
+
+
 class Layers(Protocol):
     """`mesh.devices.layers.decoding`."""
 
@@ -101,10 +105,14 @@ def calibrate(
                 flops[dtype] = speed
         bandwidth = _stream(torch, torch_device, timer, free_bytes)
         decoding: dict[str, Decoding] = {}
-        if layers is not None:
-            typical_s = functools.partial(timer.typical_s, budget_s=_LAYERS_BUDGET_S)
-            found = {dtype: layers(torch, torch_device, dtype, free_bytes, typical_s) for dtype in flops}
-            decoding = {dtype: each for dtype, each in found.items() if each is not None}
+        typical_s = functools.partial(timer.typical_s, budget_s=_LAYERS_BUDGET_S)
+        try:
+            for dtype in flops if layers else ():
+                found = layers(torch, torch_device, dtype, free_bytes, typical_s)
+                if found is not None:
+                    decoding[dtype] = found
+        except Busy:
+            timer.steady = False
     return Speed(flops, bandwidth, timer.steady, decoding)
 
 

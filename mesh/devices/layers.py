@@ -9,11 +9,13 @@ the wide one what a byte costs where rows are long. Measured on one core of an A
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mesh.devices.calibration import Busy
 from topology.snapshot import Decoding
 
 #: A fitted bandwidth is held to this, as `topology.picture` holds it: a device so fast is bound by its calls alone.
@@ -52,16 +54,28 @@ _GPU = (Sample(1024, 8, 2816), Sample(1024, 8, 2816, 4), Sample(4096, 32, 11008)
 _CPU_BYTES, _GPU_BYTES = 128 * 2**20, 2**29
 #: Small layers would need hundreds to fill that; so many evict one another's code and buffers as well.
 _MOST_LAYERS = 24
+#: One small layer takes well below a millisecond. Where it takes this long, threads wait for one another's turn on the
+#: cores of a busy machine: nothing would be learned, and it would take minutes.
+_LAYER_S = 0.01
+#: The three stacks of a dtype take about a second; after this long no more is begun.
+_PATIENCE_S = 4.0
 #: The stacks take turns: whoever else uses the machine for a while must not spoil the figure of one of them alone.
 _ROUNDS = 3
 
 
 def decoding(
-    torch: Any, torch_device: str, dtype: str, free_bytes: int, typical_s: Callable[[Callable[[], object]], float]
+    torch: Any,
+    torch_device: str,
+    dtype: str,
+    free_bytes: int,
+    typical_s: Callable[[Callable[[], object]], float],
+    *,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Decoding | None:
     """Measure a device in one dtype; None where it cannot run them, for want of memory say: a quarter is taken at most.
 
-    `typical_s` gives the seconds of a run that it repeats.
+    `typical_s` gives the seconds of a run that it repeats. Raises Busy where others use the machine so much
+    that it would take long.
     """
     element = getattr(torch, dtype).itemsize
     samples, wanted = (_CPU, _CPU_BYTES) if torch_device == "cpu" else (_GPU, _GPU_BYTES)
@@ -71,13 +85,34 @@ def decoding(
     ]
     if not all(counts):
         return None
+    end = clock() + _PATIENCE_S
     try:
-        runs = [_stack(torch, torch_device, dtype, *pair) for pair in zip(samples, counts, strict=True)]
-        rounds = [[typical_s(run) for run in runs] for _ in range(_ROUNDS)]
+        probe = _stack(torch, torch_device, dtype, samples[1], 1)
+        probe()  # loads kernels and touches pages
+        began = clock()
+        probe()
+        if clock() - began > _LAYER_S:
+            raise Busy
+        runs = []
+        for pair in zip(samples, counts, strict=True):
+            runs.append(_stack(torch, torch_device, dtype, *pair))
+            _hurry(clock, end)
+        rounds: list[list[float]] = []
+        while not rounds or (len(rounds) < _ROUNDS and clock() < end):
+            rounds.append([])
+            for run in runs:
+                rounds[-1].append(typical_s(run))
+                if len(rounds) == 1:
+                    _hurry(clock, end)
     except (RuntimeError, TypeError, NotImplementedError):  # out of memory, or an operation it lacks
         return None
     least = [min(times) / count for times, count in zip(zip(*rounds, strict=True), counts, strict=True)]
     return fit(list(zip(samples, least, strict=True)), element)
+
+
+def _hurry(clock: Callable[[], float], end: float) -> None:
+    if clock() > end:
+        raise Busy
 
 
 def fit(measured: list[tuple[Sample, float]], element_bytes: int) -> Decoding:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from mesh.devices.calibration import calibrate
+from mesh.devices.calibration import Busy, calibrate
 from mesh.errors import WorkerError
+from topology.snapshot import Decoding
 
 FLOPS = {"float32": 1e11, "bfloat16": 2e11, "float16": 2e10}
 BANDWIDTH = 2e10
@@ -29,7 +30,7 @@ class Machine:
     def clock(self) -> float:
         return self.now
 
-    def _take(self, seconds: float) -> None:
+    def take(self, seconds: float) -> None:
         self.runs += 1
         self.now += seconds * (self.slow if self.every and self.runs % self.every == 0 else 1.0)
 
@@ -50,10 +51,10 @@ class Machine:
             return tensor(rows, columns)
 
         def mm(left: Any, right: Any) -> None:
-            self._take(2 * left.rows**3 / FLOPS[left.dtype])
+            self.take(2 * left.rows**3 / FLOPS[left.dtype])
 
         def linear(row: Any, weight: Any) -> None:
-            self._take(4 * weight.rows * weight.columns / BANDWIDTH)
+            self.take(4 * weight.rows * weight.columns / BANDWIDTH)
 
         return SimpleNamespace(
             float32="float32",
@@ -68,8 +69,9 @@ class Machine:
         )
 
 
-def _calibrate(machine: Machine, free_bytes: int = 2**34) -> Any:
-    return calibrate(machine.torch(), "cpu", threads=1, dtypes=tuple(FLOPS), free_bytes=free_bytes, clock=machine.clock)
+def _calibrate(machine: Machine, free_bytes: int = 2**34, layers: Any = None) -> Any:
+    options = {"threads": 1, "dtypes": tuple(FLOPS), "free_bytes": free_bytes, "clock": machine.clock}
+    return calibrate(machine.torch(), "cpu", layers=layers, **options)
 
 
 def test_speeds_come_out_as_they_are_and_emulated_dtypes_are_left_out() -> None:
@@ -93,6 +95,28 @@ def test_some_disturbed_repeats_do_not_count() -> None:
 
 def test_a_busy_machine_is_noticed() -> None:
     assert not _calibrate(Machine(every=2, slow=10.0)).steady
+
+
+def test_layers_are_measured_in_every_dtype_that_is_of_use() -> None:
+    machine, asked = Machine(), []
+
+    def layers(torch: Any, torch_device: str, dtype: str, free_bytes: int, typical_s: Any) -> Decoding:
+        asked.append(dtype)
+        return Decoding(typical_s(lambda: machine.take(1e-3)), 0.0, 1e10)
+
+    speed = _calibrate(machine, layers=layers)
+    assert asked == ["float32", "bfloat16"]
+    assert speed.decoding["bfloat16"].layer_s == pytest.approx(1e-3)
+    assert speed.steady
+
+
+def test_layers_that_a_busy_machine_kept_from_being_measured_are_measured_again() -> None:
+    def layers(*arguments: object) -> Decoding:
+        raise Busy
+
+    speed = _calibrate(Machine(), layers=layers)
+    assert not speed.decoding
+    assert not speed.steady
 
 
 def test_a_dtype_the_device_lacks_is_left_out() -> None:

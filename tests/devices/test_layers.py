@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from mesh.devices import layers
+from mesh.devices.calibration import Busy
 from mesh.devices.exchange import Partner, typical_s
 from mesh.devices.layers import Sample, decoding, fit
 
@@ -39,6 +40,30 @@ def test_real_layers_are_run_and_memory_is_kept_to(monkeypatch: pytest.MonkeyPat
         assert [tuple(x.shape) for x in runs] == 3 * [(1, 64), (1, 64), (1, 128)]
         assert all(bool(torch.isfinite(x).all()) for x in runs)
         assert decoding(torch, "cpu", "float32", 2**20, typical) is None
+
+
+def test_a_machine_too_busy_to_be_measured_is_left_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(layers, "_CPU", (Sample(64, 2, 128), Sample(64, 2, 128, 2), Sample(128, 2, 256)))
+    runs = []
+
+    def slow(step_s: float) -> Callable[[], float]:
+        now = iter(range(100))
+        return lambda: step_s * next(now)
+
+    def typical(run: Callable[[], object]) -> float:
+        runs.append(run)
+        return 1e-3
+
+    with torch.inference_mode():
+        for step_s, begun in ((0.02, 0), (0.009, 9), (0.9, 0)):
+            runs.clear()
+            if begun:
+                assert decoding(torch, "cpu", "float32", 2**24, typical, clock=slow(step_s)) is not None
+            else:
+                with pytest.raises(Busy):
+                    decoding(torch, "cpu", "float32", 2**24, typical, clock=slow(step_s))
+            assert len(runs) == begun
 
 
 def test_an_exchange_is_what_a_round_takes_beyond_computing() -> None:
