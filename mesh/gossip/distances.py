@@ -74,7 +74,7 @@ class Distances:
         }
 
     def look_gap_s(self, others: int, least_s: float) -> float:
-        """Seconds between two calls of `news`: drawn anew each time where sites are many, so that they do not keep step."""
+        """Seconds between two calls of `news`: drawn anew each time where sites are many, so that none keep step."""
         usual_s = others / LOOKED_A_SECOND
         return least_s if usual_s <= least_s else max(least_s, usual_s * (0.5 + self._rng.random()))
 
