@@ -107,10 +107,11 @@ def calibrate(
         decoding: dict[str, Decoding] = {}
         typical_s = functools.partial(timer.typical_s, budget_s=_LAYERS_BUDGET_S)
         try:
-            for dtype in flops if layers else ():
-                found = layers(torch, torch_device, dtype, free_bytes, typical_s)
-                if found is not None:
-                    decoding[dtype] = found
+            if layers is not None:
+                for dtype in flops:
+                    found = layers(torch, torch_device, dtype, free_bytes, typical_s)
+                    if found is not None:
+                        decoding[dtype] = found
         except Busy:
             timer.steady = False
     return Speed(flops, bandwidth, timer.steady, decoding)
