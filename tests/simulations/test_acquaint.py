@@ -17,7 +17,7 @@ def test_acquainted_sites_see_each_other_hold_each_others_entries_and_have_nothi
     assert net.agreed()
     assert net.same_entries("load")
     assert len(net.nodes["s0"].core.entries("load")) == 12
-    prints = {node.core._print() for node in net.nodes.values()}
+    prints = {node.core._entries.print() for node in net.nodes.values()}
     assert len(prints) == 1
     net.crash("s3")
     net.run_for(10.0)
