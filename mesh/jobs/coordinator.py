@@ -131,17 +131,21 @@ class Coordinator:
     @property
     def tokens_total(self) -> int:
         """Tokens given by this ring and its replicas."""
-        return self.serving.tokens_total + sum(ring.serving.tokens_total for ring in self.replicas)
+        return sum(serving.tokens_total for serving in self._servings())
 
     def close(self) -> None:
         """Take no more requests on."""
-        for serving in (self.serving, *(ring.serving for ring in self.replicas)):
+        for serving in self._servings():
             serving.closing = True
 
     async def idle(self) -> None:
         """Wait until no request is live. The caller bounds the wait."""
-        for serving in (self.serving, *(ring.serving for ring in self.replicas)):
+        for serving in self._servings():
             await serving.idle()
+
+    def _servings(self) -> tuple[Serving, ...]:
+        """The requests of this ring and of each replica."""
+        return (self.serving, *(ring.serving for ring in self.replicas))
 
     def plan(self, info: ModelInfo) -> Plan:
         """Where the job would run now. Raises TopologyError."""

@@ -10,7 +10,7 @@ import trio
 
 from mesh.errors import JobCancelled, JobFailed, MeshError
 from mesh.wire.v1 import mesh_pb2, peer_pb2
-from topology.plan import Plan, device_of
+from topology.plan import Plan
 
 #: planning -> loading -> ready <-> recovering; and from any of them to failed or cancelled, where a job ends.
 STATES = ("planning", "loading", "ready", "recovering", "failed", "cancelled")
@@ -49,10 +49,7 @@ class Job:
     @property
     def held_bytes(self) -> dict[str, int]:
         """Bytes by `site/device` that its plan holds, standbys and replicas included."""
-        held: dict[str, int] = {}
-        for key, size in (self.plan.memory_bytes if self.plan is not None and not self.ended else {}).items():
-            held[device_of(key)] = held.get(device_of(key), 0) + size
-        return held
+        return {} if self.plan is None or self.ended else self.plan.memory_bytes
 
     @property
     def ended(self) -> bool:
