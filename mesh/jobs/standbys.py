@@ -36,7 +36,7 @@ async def _keep(view: View, plan: Plan, job: Job, standby: Standby) -> None:
     while True:
         try:
             await _hold(view, plan, job, standby)
-        except MeshError as error:
+        except (MeshError, trio.TooSlowError) as error:
             logger.warning("job %s: no standby on %s for now: %s", job.id, standby.key, error)
         await trio.sleep(RETRY_S)
 

@@ -4,6 +4,7 @@ import trio
 from job_fakes import World, write_tokenizer
 
 from mesh.jobs.coordinator import Coordinator
+from mesh.jobs.deploy import PREPARE_DEADLINE_S
 from mesh.jobs.job import Job
 
 MEMORY = 2_250_000
@@ -54,3 +55,24 @@ async def test_the_standby_takes_the_place_of_a_lost_site(tmp_path, autojump_clo
         assert lost not in job.plan.sites
 
     await run(tmp_path, during)
+
+
+async def test_a_standby_that_never_finishes_loading_is_no_loss_to_the_job(tmp_path, autojump_clock):
+    async with trio.open_nursery() as nursery:
+        world = World(("a", "b", "c", "d", "e", "f"), nursery, write_tokenizer(tmp_path), MEMORY)
+        job = Job("j", "toy", "auto", {"standbys": 1}, owner="a")
+        for peer in world.peers.values():
+            prepare = peer.prepare
+
+            async def stuck_once_ready(request, progress, prepare=prepare):
+                if job.state == "ready":
+                    await trio.sleep_forever()
+                return await prepare(request, progress)
+
+            peer.prepare = stuck_once_ready
+        world.coordinator = Coordinator(job, world, world.inspector, lambda: None, spawn=nursery.start_soon)
+        nursery.start_soon(world.coordinator.run)
+        await job.ready()
+        await trio.sleep(PREPARE_DEADLINE_S + 60)
+        assert job.state == "ready", job.error
+        nursery.cancel_scope.cancel()
