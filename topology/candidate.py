@@ -20,8 +20,9 @@ from topology.ring import EXACT, rings
 
 Island = tuple[Node, ...]
 
-#: Places where a ring may begin that are tried, at most.
+#: Places where a ring may begin that are tried, at most; and stages of all that are tried, of long rings.
 ROTATIONS: Final = 12
+ROTATED: Final = 192
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ class Assembler:
         for ring in self.rings(islands) if policies else []:
             for policy in policies:
                 # Where a ring begins decides little but who holds the embedding and the head.
-                begins = range(0, len(ring), -(-len(ring) // ROTATIONS)) if len(ring) > ROTATIONS else range(len(ring))
+                begins = range(0, len(ring), max(-(-len(ring) // ROTATIONS), len(ring) ** 2 // ROTATED))
                 rotations = [ring[i:] + ring[:i] for i in begins]
                 found = [self.ordered([islands[i] for i in order], policy) for order in rotations]
                 good = [candidate for candidate in found if candidate is not None]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -207,9 +208,10 @@ def ends_bytes(model: ModelSpec, rank: int, rows: int, *, first: bool, last: boo
 
 def slowest_path(picture: Picture, nodes: tuple[Node, ...]) -> Path:
     """The path that bounds a collective among the nodes: their worst one-way latency with their least bandwidth."""
-    paths = [picture.path(a.site, b.site) for a in nodes for b in nodes if a is not b]
-    if not paths:
+    if len(nodes) < 2:
         return Path(0.0, float("inf"), 0.0)
+    sites = Counter(node.site for node in nodes)  # devices of a site share its paths, and there are many
+    paths = [picture.path(a, b) for a in sites for b in sites if a != b or sites[a] > 1]
     return Path(
         max(path.one_way_s for path in paths),
         min(path.bandwidth for path in paths),

@@ -99,15 +99,17 @@ def clusters(picture: Picture, model: ModelSpec) -> list[frozenset[str]]:
         for size in range(2, min(len(clique), model.kv_heads, 4) + 1):
             groups = itertools.islice(itertools.combinations(sorted(clique), size), 4 * MAX_CLUSTERS)
             found.update(frozenset(group) for group in groups)
-    kept = [group for group in found if _pays(picture, model, group)]
-    kept.sort(
+    nearest = sorted(
+        found,
         key=lambda group: (
             max(graph.edges[pair]["rtt"] for pair in itertools.combinations(sorted(group), 2)),
             len(group),
             sorted(group),
-        )
+        ),
     )
-    return kept[:MAX_CLUSTERS]
+    # On a large mesh there are thousands: no more are weighed than are kept.
+    paying = (group for group in nearest if _pays(picture, model, group))
+    return list(itertools.islice(paying, MAX_CLUSTERS))
 
 
 def tensor_parallel_rtt_s(model: ModelSpec, speed: float, count: int) -> float:
@@ -117,6 +119,11 @@ def tensor_parallel_rtt_s(model: ModelSpec, speed: float, count: int) -> float:
 
 def _pays(picture: Picture, model: ModelSpec, group: frozenset[str]) -> bool:
     """The threshold for unequal devices: what the fastest alone needs, less what its share of the island needs."""
+    fastest = max(picture.nodes[name][0].speed for name in group)
+    every = sum(node.speed for name in group for node in picture.nodes[name])
+    rtt_s = max(picture.path(a, b).rtt_s for a, b in itertools.permutations(group, 2))
+    if rtt_s >= decode_s(model, fastest) * (1 - fastest / every) / model.layers:
+        return False  # not even if all of them took part, which is soon told
     nodes = tensor_island((node for site in sorted(group) for node in picture.nodes[site]), model)
     worst = slowest_path(picture, nodes)
     if len(nodes) < 2 or {node.site for node in nodes} != group or not worst.reachable:

@@ -7,16 +7,17 @@ layer is read again while the user waits.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from topology.candidate import Candidate, Island
-from topology.cost import POLICIES, attention_bytes, mlp_bytes, width
+from topology.cost import POLICIES
 from topology.fold import halves
+from topology.loaded import Loaded
 from topology.model import ModelSpec
 from topology.objective import value
-from topology.picture import UNMEASURED_BANDWIDTH, Node
-from topology.plan import Plan, device_of
+from topology.picture import Node
+from topology.plan import Plan, Shard, Standby, device_of
 from topology.search import Search
 
 #: A plan that keeps more may be this much worse than the best: what calibration repeats to, twice over.
@@ -33,46 +34,15 @@ _STAGES: Final = 600
 _LEAST: Final = 8
 
 
-def kept_bytes(candidate: Candidate, previous: Plan) -> int:
-    """Layer weight bytes that are already where the candidate wants them."""
-    return sum(kept_by_device(candidate, previous).values())
-
-
-def kept_by_device(candidate: Candidate, previous: Plan) -> dict[str, int]:
-    """The same by `site/device`."""
-    model = previous.model
-    held = {
-        shard.key: (stage.start, stage.end, shard.kv_heads, shard.columns)
-        for stage in previous.stages
-        for shard in stage.shards
-    }
-    for standby in previous.standbys:
-        stage = previous.stages[standby.stage]
-        shard = stage.shards[standby.rank]
-        held[standby.key] = (stage.start, stage.end, shard.kv_heads, shard.columns)
-    total: dict[str, int] = {}
-    start = 0
-    for each, layers in zip(candidate.fits, candidate.counts, strict=True):
-        for rank, node in enumerate(each.nodes):
-            if node.key in held:
-                old_start, old_end, kv_heads, columns = held[node.key]
-                common = _overlap((start, start + layers), (old_start, old_end))
-                groups = _overlap(each.kv_heads[rank], kv_heads)
-                total[node.key] = common * (
-                    attention_bytes(model, groups) + mlp_bytes(model, _overlap(each.columns[rank], columns))
-                )
-        start += layers
-    return total
-
-
 def kept(search: Search, previous: Plan, best: Candidate) -> list[Candidate]:
     """Candidates in the previous ring's order: survivors alone, or with unused sites' islands in the lost places."""
     if not _same_shape(previous.model, search.model):
         return []
-    islands = [_surviving(search, stage.shards, previous) for stage in previous.stages]
+    nodes = _nodes(search, previous)
+    islands = [_surviving(nodes, stage.shards) for stage in previous.stages]
     spans = [stage.end - stage.start for stage in previous.stages]
     found: list[Candidate | None] = []
-    helped = _helped(search, previous)
+    helped = _helped(nodes, previous)
     if all(helped):
         found += _all(search, [island for island in helped if island], spans)
     if all(islands):
@@ -98,79 +68,45 @@ def steadiest(
     the KV caches as well.
     """
     wish = search.constraints.wish
-    whole = search.model.layers * (
-        attention_bytes(search.model, search.model.kv_heads) + mlp_bytes(search.model, search.model.intermediate)
-    )
+    loaded = Loaded(search, previous)
     present = set(_nodes(search, previous))
-    left = sum(size for key, size in _held_bytes(previous).items() if key in present)
-    moving_s = _moving_s(search, best, previous)
+    left = sum(size for key, size in loaded.bytes_by_device.items() if key in present)
+    moving_s = loaded.moving_s(best)
 
     def near(candidate: Candidate) -> bool:
-        everything = kept_bytes(candidate, previous) >= left and previous.objective == wish
+        everything = loaded.kept_bytes(candidate) >= left * (1 - 1e-9) and previous.objective == wish
         tolerance = STAY if everything else TOLERANCE
-        tolerance += max(moving_s - _moving_s(search, candidate, previous), 0.0) / HORIZON_S
+        tolerance += max(moving_s - loaded.moving_s(candidate), 0.0) / HORIZON_S
         return value(candidate, wish) <= value(best, wish) * (1 + tolerance)
 
     close = [best, *filter(near, candidates)]
-    chosen = max(close, key=lambda c: (kept_bytes(c, previous), -close.index(c)))
-    line = f"{kept_bytes(chosen, previous) / whole:.0%} of the layer weights stay where they are"
+    chosen = max(close, key=lambda c: (round(loaded.kept_bytes(c)), -close.index(c)))
+    line = f"{loaded.kept_bytes(chosen) / loaded.whole_bytes:.0%} of the layer weights stay where they are"
     if chosen is not best:
         worse = max(value(chosen, wish) / value(best, wish) - 1, 0.0)
         line += (
-            f": the best plan is {worse:.1%} better but keeps {kept_bytes(best, previous) / whole:.0%}, "
+            f": the best plan is {worse:.1%} better but keeps {loaded.kept_bytes(best) / loaded.whole_bytes:.0%}, "
             f"it would have to move weights for {moving_s:.3g} s"
         )
     return chosen, (line,)
 
 
-def _moving_s(search: Search, candidate: Candidate, previous: Plan) -> float:
-    """Seconds until every device has the layer weights that it lacks, one after the other over the widest paths."""
-    held = kept_by_device(candidate, previous)
-    sources = [name for name in previous.sites if name in search.picture.nodes] or list(search.picture.sites)
-    took = 0.0
-    widest: dict[str, float] = {}
-    for each, layers in zip(candidate.fits, candidate.counts, strict=True):
-        for rank, node in enumerate(each.nodes):
-            groups, columns = width(each.kv_heads[rank]), width(each.columns[rank])
-            size = layers * (attention_bytes(search.model, groups) + mlp_bytes(search.model, columns))
-            if node.site not in widest:
-                paths = [search.picture.path(name, node.site) for name in sources]
-                reachable = (path.bandwidth for path in paths if path.reachable)
-                widest[node.site] = max(reachable, default=UNMEASURED_BANDWIDTH)
-            took += (size - held.get(node.key, 0)) / widest[node.site]
-    return took
-
-
-def _held_bytes(previous: Plan) -> dict[str, int]:
-    """Layer weight bytes by the `site/device` that serves them."""
-    model = previous.model
-    return {
-        shard.key: (stage.end - stage.start)
-        * (attention_bytes(model, width(shard.kv_heads)) + mlp_bytes(model, width(shard.columns)))
-        for stage in previous.stages
-        for shard in stage.shards
-    }
-
-
-def _surviving(search: Search, shards: Sequence[object], previous: Plan) -> Island | None:
+def _surviving(nodes: Mapping[str, Node], shards: Sequence[Shard | Standby]) -> Island | None:
     """The devices of a stage that are still usable, or None."""
-    nodes = _nodes(search, previous)
-    keys = [getattr(shard, "key", "") for shard in shards]
+    keys = [shard.key for shard in shards]
     return tuple(sorted((nodes[key] for key in keys if key in nodes), key=lambda node: node.rank)) or None
 
 
-def _helped(search: Search, previous: Plan) -> list[Island | None]:
+def _helped(nodes: Mapping[str, Node], previous: Plan) -> list[Island | None]:
     """The devices of every stage that are still usable, standbys in the places of those that are not."""
-    present = set(_nodes(search, previous))
-    instead = {(standby.stage, standby.rank): standby for standby in previous.standbys if standby.key in present}
+    instead = {(standby.stage, standby.rank): standby for standby in previous.standbys if standby.key in nodes}
     return [
         _surviving(
-            search,
+            nodes,
             [
-                shard if shard.key in present else instead.get((index, rank), shard)
+                shard if shard.key in nodes else instead.get((index, rank), shard)
                 for rank, shard in enumerate(stage.shards)
             ],
-            previous,
         )
         for index, stage in enumerate(previous.stages)
     ]
@@ -240,7 +176,3 @@ def _filled(search: Search, islands: Sequence[Island | None], best: Candidate) -
         if len(set(nodes_of)) == len(nodes_of):
             replacement = dict(zip(lost, choice, strict=True))
             yield [island or replacement[index] for index, island in enumerate(islands)]
-
-
-def _overlap(a: tuple[int, int], b: tuple[int, int]) -> int:
-    return max(min(a[1], b[1]) - max(a[0], b[0]), 0)

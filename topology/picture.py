@@ -56,10 +56,14 @@ class Node:
     usable_bytes: int
     price_per_hour: float = 0.0
     layer_s: float | None = None
+    _hash: int = field(init=False, repr=False, compare=False, default=0)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.site, self.name)))
 
     def __hash__(self) -> int:
         """Of the names alone, which are unique in a picture: islands are looked up by the ten thousand."""
-        return hash((self.site, self.name))
+        return self._hash
 
     @property
     def key(self) -> str:

@@ -107,6 +107,8 @@ class Search:
                     fastest = candidate
                 if self.meets(candidate) and (best is None or candidate.cost(wish) < best.cost(wish)):
                     best = candidate
+                if best is not None and self.exhausted:
+                    break
             if (best is not None and wish == "fewest_sites") or self.exhausted:
                 break
             idle = idle + 1 if any_fits and best is before else 0
