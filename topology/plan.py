@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from topology.heads import whole_groups
 from topology.model import ModelSpec
 
 #: Stands between a device's name and the number of a second shard of one job on it.
@@ -24,8 +25,9 @@ def device_of(slot: str) -> str:
 class Shard:
     """One device's part of a stage. Ranges are half open; all shards of a stage together cover each range once.
 
-    `kv_heads` is the range of KV-head groups (q heads follow: heads // kv_heads of them per group), `columns` the range
-    of MLP columns, `vocabulary` the range of head rows this shard computes (empty unless the stage is the last).
+    `kv_heads` is the range of KV heads, `columns` that of MLP columns, `vocabulary` that of the head rows this shard
+    computes (empty unless the stage is the last). `heads` is the range of query heads; None: all that use the KV heads.
+    Where it cuts a group, the KV head lies on both sides of the cut: then `heads` and not `kv_heads` cover once.
     `dtype` is what this shard's weights are held in where that is not the model's own. A device that holds two
     shards of one job, in different stages, is named "cpu0" in one and "cpu0#1" in the other.
     """
@@ -37,11 +39,16 @@ class Shard:
     vocabulary: tuple[int, int]
     memory_bytes: int
     dtype: str = ""
+    heads: tuple[int, int] | None = None
 
     @property
     def key(self) -> str:
         """`site/device`: unique within a plan."""
         return f"{self.site}/{self.device}"
+
+    def query_heads(self, model: ModelSpec) -> tuple[int, int]:
+        """The range of query heads, whether or not it is written out."""
+        return whole_groups(self.kv_heads, model.heads // model.kv_heads) if self.heads is None else self.heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,8 +235,15 @@ def _stage(document: dict[str, Any]) -> Stage:
 
 def _shard(document: dict[str, Any]) -> Shard:
     ranges = {key: (document[key][0], document[key][1]) for key in ("kv_heads", "columns", "vocabulary")}
-    memory_bytes, dtype = document["memory_bytes"], document.get("dtype", "")
-    return Shard(document["site"], document["device"], **ranges, memory_bytes=memory_bytes, dtype=dtype)
+    memory_bytes, dtype, heads = document["memory_bytes"], document.get("dtype", ""), document.get("heads")
+    return Shard(
+        document["site"],
+        document["device"],
+        **ranges,
+        memory_bytes=memory_bytes,
+        dtype=dtype,
+        heads=None if heads is None else (heads[0], heads[1]),
+    )
 
 
 def _replica(document: dict[str, Any]) -> Replica:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from mesh.errors import ModelError
+from topology.heads import belong, kv_span, whole_groups
+
 if TYPE_CHECKING:
     from topology.plan import Plan
 
@@ -15,9 +18,9 @@ class Assignment:
 
     `model` is the path of the model on this site (a folder or a .gguf file). `device` is torch's name for it ("cpu",
     "cuda:0"); `threads` bounds torch's threads. `rank` of `size` is the shard's place in its stage; rank 0 leads.
-    `requests` sequences of `context` tokens fit at once. Hidden states travel between
-    stages in `wire_dtype` (empty: in `dtype`); `code` is the lossy code of the hidden states that the stage
-    sends on, `code_in` that of those it is sent; empty for none.
+    `heads` are the query heads, None: all that use the KV heads. `requests` sequences of `context` tokens fit at once.
+    Hidden states travel between stages in `wire_dtype` (empty: in `dtype`); `code` is the lossy code of the hidden
+    states that the stage sends on, `code_in` that of those it is sent; empty for none.
     """
 
     job: str
@@ -41,6 +44,17 @@ class Assignment:
     wire_dtype: str = ""
     code: str = ""
     code_in: str = ""
+    heads: tuple[int, int] | None = None
+
+    def query_heads(self, group: int) -> tuple[int, int]:
+        """The range of query heads, given how many share a KV head. Raises ModelError where the ranges disagree."""
+        if self.heads is None:
+            return whole_groups(self.kv_heads, group)
+        if not belong(self.heads, self.kv_heads, group):
+            raise ModelError(
+                f"query heads {self.heads} need KV heads {kv_span(self.heads, group)}, not {self.kv_heads}: plan again"
+            )
+        return self.heads
 
     @property
     def first(self) -> bool:
@@ -92,6 +106,7 @@ def assignments(plan: Plan, *, job: str, epoch: tuple[int, str], model: str) -> 
                 kv_heads=shard.kv_heads,
                 columns=shard.columns,
                 vocabulary=shard.vocabulary,
+                heads=shard.heads,
                 requests=plan.concurrency,
                 wire_dtype=plan.model.dtype,
                 code=stage.code if index + 1 < len(plan.stages) else "",

@@ -19,6 +19,7 @@ from mesh.runtime.matrix import Matrix
 from mesh.runtime.shape import TP_PLAN, Shape, inverse_frequencies
 from mesh.runtime.shard import TORCH_DTYPES, Cut, Held, Piece, cut_of, fill
 from mesh.runtime.source import ModelSource
+from topology.heads import blocks
 
 AllReduce = Callable[[torch.Tensor], None]
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -28,10 +29,10 @@ _DOWN = ("mlp.down_proj",)
 
 
 class FusedLayer:
-    """One decoder layer's blocks. `ranges` are what it was cut to: (kv_heads, columns, whether it adds biases)."""
+    """One decoder layer's blocks. `ranges` are what it was cut to: `cut_to` of its assignment."""
 
     def __init__(self, index: int, shape: Shape, source: ModelSource, a: Assignment, held: Held) -> None:
-        self.ranges = (a.kv_heads, a.columns, a.leads)
+        self.ranges = cut_to(a, shape)
         self._cuts: dict[str, Cut] = {}
         self._vectors: dict[str, torch.Tensor] = {}
         self._prefix = f"model.layers.{index}."
@@ -83,7 +84,8 @@ class FusedLayer:
         for module in modules:
             name = f"{self._prefix}{module}.{kind}"
             whole = source.shape(name)
-            cut = cut_of(module, kind, whole, plan=TP_PLAN[f"layers.*.{module}"], kv_heads=self._shape.kv_heads, a=a)
+            plan, shape = TP_PLAN[f"layers.*.{module}"], self._shape
+            cut = cut_of(module, kind, whole, plan=plan, kv_heads=shape.kv_heads, group=shape.group, a=a)
             self._cuts[name] = cut
             blocks.append((name, cut, cut.shape(whole)))
         rows = sum(size[0] for _, _, size in blocks)
@@ -102,6 +104,11 @@ class FusedLayer:
         return vector
 
 
+def cut_to(a: Assignment, shape: Shape) -> tuple[object, ...]:
+    """What a layer's blocks depend on: query heads, KV heads, MLP columns, and whether it adds biases."""
+    return (a.query_heads(shape.group), a.kv_heads, a.columns, a.leads)
+
+
 class FusedStack:
     """A run of layers of one shard. Hidden states are [n, hidden] in the shard's dtype."""
 
@@ -111,6 +118,9 @@ class FusedStack:
         self._device = torch.device(a.device)
         self._frequencies = inverse_frequencies(shape).to(self._device)
         self._start = a.start
+        heads = a.query_heads(shape.group)
+        self._queries = heads[1] - heads[0]
+        self._blocks = blocks(heads, shape.group)
 
     def run(self, x: torch.Tensor, position: int, sequence: Sequence, all_reduce: AllReduce | None) -> torch.Tensor:
         """Take hidden states of positions `position` on through the layers; keys and values go to `sequence`."""
@@ -152,7 +162,7 @@ class FusedStack:
         kv = buffer.shape[1]
         if kv == 0:  # a shard may hold MLP columns alone
             return x.new_empty((count, 0))
-        queries = kv * self.shape.group
+        queries = self._queries
         heads = layer.qkv(rms_norm(x, layer.input_norm, self.shape.eps)).view(count, queries + 2 * kv, dim)
         turned = heads[:, : queries + kv]
         if layer.q_norm is not None and layer.k_norm is not None:
@@ -167,18 +177,14 @@ class FusedStack:
         buffer[1, :, position:total] = heads[:, queries + kv :].transpose(0, 1)
         first = total - window if window is not None and count == 1 else 0
         keys, values = buffer[:, None, :, first:total].unbind(0)
-        if count == 1:
-            rows = turned[:, :queries].reshape(1, kv, self.shape.group, dim)
-            return functional.scaled_dot_product_attention(rows, keys, values).view(1, queries * dim)
-        attended = functional.scaled_dot_product_attention(
-            turned[:, :queries].transpose(0, 1)[None],
-            keys,
-            values,
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=self.shape.group > 1,
-        )
-        return attended[0].transpose(0, 1).reshape(count, queries * dim)
+        if len(self._blocks) == 1:
+            return _attended(turned[:, :queries], keys, values, mask)
+        # A cut group has fewer query heads than a whole one, and torch wants as many for every KV head of a call.
+        parts = []
+        for block in self._blocks:
+            (q0, q1), (k0, k1) = block.heads, block.kv_heads
+            parts.append(_attended(turned[:, q0:q1], keys[:, k0:k1], values[:, k0:k1], mask))
+        return torch.cat(parts, 1)
 
     def _rotation(self, position: int, count: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of the angles, [count, 1, head_dim]; once a step, not once a layer."""
@@ -195,6 +201,29 @@ class FusedStack:
         keys = torch.arange(position + count, device=self._device)
         allowed = keys <= queries
         return allowed if window is None else allowed & (keys > queries - window)
+
+
+def _attended(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor:
+    """[n, heads * dim] of queries [n, heads, dim] and keys, values [1, KV heads, total, dim].
+
+    Equally many query heads, one after the other, belong to every KV head.
+    """
+    count, heads, dim = queries.shape
+    kv = keys.shape[1]
+    if count == 1:
+        rows = queries.reshape(1, kv, heads // kv, dim)
+        return functional.scaled_dot_product_attention(rows, keys, values).view(1, heads * dim)
+    attended = functional.scaled_dot_product_attention(
+        queries.transpose(0, 1)[None],
+        keys,
+        values,
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=heads > kv,
+    )
+    return attended[0].transpose(0, 1).reshape(count, heads * dim)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch.nn import functional
 from mesh.errors import ModelError
 from mesh.runtime.assignment import Assignment
 from mesh.runtime.cache import Sequence
-from mesh.runtime.fused import AllReduce, FusedLayer, FusedStack, rms_norm
+from mesh.runtime.fused import AllReduce, FusedLayer, FusedStack, cut_to, rms_norm
 from mesh.runtime.matrix import Matrix, packs
 from mesh.runtime.shape import Shape
 from mesh.runtime.shard import TORCH_DTYPES, Cut, Piece, fill
@@ -49,7 +49,7 @@ class FusedModel:
         progress(done, total)
         for index in range(a.start, a.end):
             layer = self._kept.pop(index, None)
-            if layer is None or layer.ranges != (a.kv_heads, a.columns, a.leads):
+            if layer is None or layer.ranges != cut_to(a, self._shape):
                 layer = FusedLayer(index, self._shape, self._source, a, {} if layer is None else layer.pieces())
             self._stack.layers[index] = layer
             done += layer.nbytes
@@ -61,8 +61,9 @@ class FusedModel:
     def planned_bytes(self) -> int:
         """Bytes the shard's blocks take, from shapes alone."""
         a, s = self._a, self._shape
-        groups, columns = a.kv_heads[1] - a.kv_heads[0], a.columns[1] - a.columns[0]
-        layer = groups * s.head_dim * s.hidden * (2 * s.group + 2) + 3 * columns * s.hidden + 2 * s.hidden
+        spans = (a.query_heads(s.group), a.kv_heads, a.columns)
+        heads, kv, columns = (stop - start for start, stop in spans)
+        layer = 2 * (heads + kv) * s.head_dim * s.hidden + 3 * columns * s.hidden + 2 * s.hidden
         head = (a.vocabulary[1] - a.vocabulary[0]) * s.hidden if a.last else 0
         embedding = s.vocab * s.hidden if self._embeds and not self._looks_up else 0
         return int((layer * (a.end - a.start) + head + embedding) * TORCH_DTYPES[a.dtype].itemsize)

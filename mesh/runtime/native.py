@@ -20,6 +20,7 @@ from mesh.runtime.fused import AllReduce
 from mesh.runtime.plans import layer_plan
 from mesh.runtime.shard import TORCH_DTYPES, Cut, Piece, cut_of, fill
 from mesh.runtime.source import ModelSource
+from topology.heads import blocks
 
 
 class NativeModel:
@@ -29,6 +30,7 @@ class NativeModel:
         from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
         self._all_reduce: AllReduce | None = None
+        self._repeats: torch.Tensor | None = None
         self._source = source
         self._a = a
         self._kept = {} if keep is None else keep._held
@@ -41,6 +43,8 @@ class NativeModel:
         self._base = self._model.base_model
         self._prefix = f"{self._model.base_model_prefix}."
         self.kv_heads = int(config.num_key_value_heads)
+        self._group = int(config.num_attention_heads) // self.kv_heads
+        self._blocks = blocks(a.query_heads(self._group), self._group)
         self.head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
         self.vocab, self.hidden = int(config.vocab_size), int(config.hidden_size)
         self._reduce()
@@ -70,6 +74,24 @@ class NativeModel:
             for path, module in layer.named_modules():
                 if self._plan.get(f"layers.*.{path}") == "rowwise":
                     module.register_forward_hook(self._sum)
+            self._regroup(layer.self_attn)
+
+    def _regroup(self, attention: nn.Module) -> None:
+        """Tell attention how many of this shard's query heads use a KV head, where groups were cut.
+
+        Where that is not the same for all, keys and values come from the cache once for every query head.
+        """
+        groups = {block.group for block in self._blocks}
+        if groups <= {self._group}:
+            return
+        if not hasattr(attention, "num_key_value_groups"):
+            raise ModelError(f"{self._source.path}: its family is cut between KV heads only: ask for fewer shards")
+        if len(groups) > 1:
+            counts = [block.group for block in self._blocks for _ in range(*block.kv_heads)]
+            self._repeats = torch.repeat_interleave(
+                torch.arange(len(counts), device=self._a.device), torch.tensor(counts, device=self._a.device)
+            )
+        attention.num_key_value_groups = 1 if len(groups) > 1 else groups.pop()  # type: ignore[assignment]
 
     def load(self, progress: Callable[[int, int], None]) -> None:
         """Give every remaining parameter its block. `progress(done, total)` counts bytes."""
@@ -151,7 +173,7 @@ class NativeModel:
         given = {
             "inputs_embeds": x[None],
             "position_ids": torch.arange(position, position + x.shape[0], device=x.device)[None],
-            "past_key_values": _cache(sequence, position, self._a.start),
+            "past_key_values": _cache(sequence, position, self._a.start, self._repeats),
             "use_cache": True,
         }
         try:
@@ -181,11 +203,14 @@ class NativeModel:
             raise ModelError(f"{self._source.path}: its tensor-parallel plan leaves out {module}")
         if plan == "rowwise" and kind == "bias" and not self._a.leads:
             return name, None
-        return name, cut_of(module, kind, whole, plan=plan, kv_heads=self.kv_heads, a=self._a)
+        return name, cut_of(module, kind, whole, plan=plan, kv_heads=self.kv_heads, group=self._group, a=self._a)
 
 
-def _cache(sequence: Sequence, position: int, start: int) -> Any:
-    """A transformers Cache over our buffers. Sliding layers keep all positions; their masks hide the old ones."""
+def _cache(sequence: Sequence, position: int, start: int, repeats: torch.Tensor | None) -> Any:
+    """A transformers Cache over our buffers. Sliding layers keep all positions; their masks hide the old ones.
+
+    `repeats`: for each query head the KV head that attention is to be given, where it cannot work that out.
+    """
     from transformers.cache_utils import Cache, DynamicLayer
 
     class Layer(DynamicLayer):  # type: ignore[misc]
@@ -202,6 +227,9 @@ def _cache(sequence: Sequence, position: int, start: int) -> Any:
             self._buffer[0, :, self._filled : stop] = key_states[0]
             self._buffer[1, :, self._filled : stop] = value_states[0]
             self._filled = stop
+            if repeats is not None:
+                keys, values = (each[None, :, :stop].index_select(1, repeats) for each in self._buffer)
+                return keys, values
             return self._buffer[0:1, :, :stop], self._buffer[1:2, :, :stop]
 
         def get_seq_length(self) -> int:

@@ -2,7 +2,7 @@
 
 Tensor parallelism follows Megatron-LM (Shoeybi et al., arXiv:1909.08053): q, k, v, gate and up are cut by rows
 ("colwise" in transformers' plans), o and down by columns ("rowwise"), and their outputs are summed over the shards.
-Query heads follow their KV head, so shards may hold different numbers of groups.
+Shards may hold different numbers of query heads, and each has the rows of k and v that its query heads use.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from mesh.errors import ModelError
+from topology.heads import whole_groups
 
 if TYPE_CHECKING:
     from mesh.runtime.assignment import Assignment
     from mesh.runtime.source import ModelSource
 
+_BY_QUERY_HEAD = ("self_attn.q_proj", "self_attn.o_proj")
+_BY_KV_HEAD = ("self_attn.k_proj", "self_attn.v_proj")
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -76,10 +79,13 @@ def _read(out: torch.Tensor, source: ModelSource, name: str, dim: int | None, st
     source.read_into(out, name, tuple(start if index == dim else 0 for index in range(out.dim())))
 
 
-def cut_of(module: str, kind: str, whole: tuple[int, ...], *, plan: str | None, kv_heads: int, a: Assignment) -> Cut:
+def cut_of(
+    module: str, kind: str, whole: tuple[int, ...], *, plan: str | None, kv_heads: int, group: int, a: Assignment
+) -> Cut:
     """The cut of a layer's tensor, from its module's entry in the tensor-parallel plan.
 
-    `module` is the path within the layer ("self_attn.q_proj"), `kind` "weight" or "bias", `kv_heads` the model's.
+    `module` is the path within the layer ("self_attn.q_proj"), `kind` "weight" or "bias", `kv_heads` the model's,
+    `group` the number of query heads that share one. Raises ModelError.
     """
     if plan not in ("colwise", "rowwise"):
         return Cut()
@@ -87,6 +93,11 @@ def cut_of(module: str, kind: str, whole: tuple[int, ...], *, plan: str | None, 
         return Cut()  # added once, by the lead
     dim = 0 if plan == "colwise" else 1
     if module.startswith("self_attn."):
-        each = whole[dim] // kv_heads
-        return Cut(dim, a.kv_heads[0] * each, a.kv_heads[1] * each)
+        span, count = a.kv_heads, kv_heads
+        if module in _BY_QUERY_HEAD:
+            span, count = a.query_heads(group), kv_heads * group
+        elif module not in _BY_KV_HEAD and a.query_heads(group) != whole_groups(a.kv_heads, group):
+            raise ModelError(f"{module} can be cut between KV heads only: ask for no more shards than KV heads")
+        each = whole[dim] // count
+        return Cut(dim, span[0] * each, span[1] * each)
     return Cut(dim, *a.columns)

@@ -11,6 +11,7 @@ import torch
 
 from mesh.runtime.assignment import Assignment
 from mesh.runtime.stage import StageModel
+from topology.heads import kv_span
 
 REAL = Path(__file__).resolve().parents[2] / ".models" / "SmolLM2-135M-Instruct"
 GGUF = REAL.with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -55,12 +56,12 @@ FAMILIES = {
 }
 
 
-def build(name: str):
+def build(name: str, **changes):
     """A model of the family with random weights, biases and norms."""
     import transformers
 
     config_class, settings, _ = FAMILIES[name]
-    config = getattr(transformers, config_class)(**{**BASE, **settings})
+    config = getattr(transformers, config_class)(**{**BASE, **settings, **changes})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -114,6 +115,14 @@ def shards(a: Assignment, *, cuts: list[int], columns: list[int], vocabulary: li
         )
         for rank in range(size)
     ]
+
+
+def head_shards(a: Assignment, *, heads: list[int], group: int, columns: list[int], vocabulary: list[int]):
+    """The same cut at query heads, each shard with the KV heads that its query heads use."""
+    size = len(heads) - 1
+    cut = shards(a, cuts=[0] * (size + 1), columns=columns, vocabulary=vocabulary)
+    spans = [(heads[rank], heads[rank + 1]) for rank in range(size)]
+    return [replace(each, heads=span, kv_heads=kv_span(span, group)) for each, span in zip(cut, spans, strict=True)]
 
 
 class Meeting:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from small_models import GGUF, REAL, Ring, shards, whole_real
+from small_models import GGUF, REAL, Ring, head_shards, shards, whole_real
 
 from mesh.runtime.stage import StageModel
 
@@ -30,10 +30,12 @@ def _pipeline(*borders):
 
 TWO = {"cuts": [0, 2, 3], "columns": [0, 1000, 1536], "vocabulary": [0, 30000, 49152]}
 THREE = {"cuts": [0, 1, 2, 3], "columns": [0, 512, 1024, 1536], "vocabulary": [0, 16384, 32768, 49152]}
+FOUR = {"columns": [0, 512, 900, 1200, 1536], "vocabulary": [0, 20000, 20000, 40000, 49152]}
 PLANS = {
     "one device": [[whole_real()]],
     "tensor parallel 2+1": [shards(whole_real(), **TWO)],
     "tensor parallel 1+1+1": [shards(whole_real(), **THREE)],
+    "query heads 3+2+2+2": [head_shards(whole_real(), heads=[0, 3, 5, 7, 9], group=3, **FOUR)],
     "two stages": [[a] for a in _pipeline(13)],
     "three stages": [[a] for a in _pipeline(7, 22)],
     "tensor parallel 2+1, then one": [shards(_pipeline(18)[0], **TWO), [_pipeline(18)[1]]],
