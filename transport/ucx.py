@@ -1,7 +1,7 @@
 """Pipes over UCX: RDMA, GPU paths or TCP, whichever UCX finds best between two processes.
 
-Endpoints have error handling on, or a dead neighbour would look alive. With it UCX 1.21 chose TCP over loopback inside
-a machine, not shared memory (seen with UCX_PROTO_INFO=y), so there the plain `tcp` backend is the faster one.
+Endpoints have error handling on, or a dead neighbour would look alive. Shared memory takes part in that only when told
+to (`ucx_binding.CONFIG`), and then does not tell when a neighbour dies: `ucx_life` does.
 
 Driven through UCXX's low-level binding (`ucxx._lib.libucxx`, UCXX 0.52, UCX 1.21) by polling, without its asyncio layer
 and without a progress thread (deadlocks: ucxx#123, #687).
@@ -12,7 +12,7 @@ listener's tag. The listener makes its endpoint from that. The connector need no
 before the listener knows of it waits in UCX. Worker addresses are parsed by UCX without much care, so both carry a
 checksum; the listener's travels over the authenticated control plane anyway.
 
-**Messages.** Each direction has two tags. On the first travel control messages of at most `_SLOT_BYTES`, into slots
+**Messages.** Each direction has two tags. On the first travel control messages of at most `SLOT_BYTES`, into slots
 that are posted ahead: a small message whole, or the layout of a long one, whose long parts follow on the second tag
 without a copy into receives posted to size. UCX matches messages of one tag in order, and so are messages given.
 
@@ -41,15 +41,16 @@ from typing import Any
 from transport.base import AddressError
 from transport.tickets import fresh
 from transport.ucx_binding import CONFIG, OPERATORS, Array, network_devices, ucx
+from transport.ucx_life import WORD_BYTES, word
 from transport.ucx_pipe import UcxPipe
 from transport.waiting import SPIN_S, Gate, wait_any
 
-_PREFIX = b"ucx1"
+_PREFIX = b"ucx2"
 _VERSION = struct.Struct("<3B")
 _TAG = struct.Struct("<Q")
 _CHECK_BYTES = 8
-_HELLO = struct.Struct("<8sQQ")
-_HELLO_MAGIC = b"ISTHUCX1"
+_HELLO = struct.Struct(f"<8sQQ{WORD_BYTES}s")
+_HELLO_MAGIC = b"ISTHUCX2"
 _HELLO_LIMIT = 4096
 
 _UNACCEPTED = 64
@@ -66,7 +67,7 @@ class UcxListener:
         self._tag = ucx.UCXXTag(tag)
         self._waiting: deque[UcxPipe] = deque()
         self._reading: tuple[Any, Any, memoryview] | None = None
-        body = _PREFIX + _VERSION.pack(*ucx.get_ucx_version()) + _TAG.pack(tag) + fabric._address
+        body = _PREFIX + _VERSION.pack(*ucx.get_ucx_version()) + _TAG.pack(tag) + word() + fabric._address
         self.address = body + _checksum(body)
         fabric._listeners[self] = None
 
@@ -109,13 +110,13 @@ class UcxListener:
         hello = bytes(view)
         if not _HELLO.size + _CHECK_BYTES < len(hello) <= _HELLO_LIMIT or not _intact(hello):
             return
-        magic, here, there = _HELLO.unpack_from(hello)
+        magic, here, there, life = _HELLO.unpack_from(hello)
         if magic != _HELLO_MAGIC or (here | there) & 0xFF or here in self._fabric._tags:
             return
         if len(self._waiting) >= _UNACCEPTED:
             self._waiting.popleft().abort()
         address = hello[_HELLO.size : -_CHECK_BYTES]
-        pipe = UcxPipe(self._fabric, address, send_tag=there, receive_tag=here, connecting=False)
+        pipe = UcxPipe(self._fabric, address, life, send_tag=there, receive_tag=here, connecting=False)
         pipe.answer()
         self._waiting.append(pipe)
 
@@ -153,7 +154,8 @@ class UcxFabric:
     def connect(self, address: bytes) -> UcxPipe:
         """Begin a pipe. Raises AddressError for an address that is not a listener's or not of a fitting UCX."""
         body = address[:-_CHECK_BYTES]
-        start = len(_PREFIX) + _VERSION.size + _TAG.size
+        life = len(_PREFIX) + _VERSION.size + _TAG.size
+        start = life + WORD_BYTES
         if not address.startswith(_PREFIX) or len(body) <= start or not _intact(address):
             raise AddressError(f"not a ucx address: {address[:16]!r}; give one from UcxFabric.listen")
         theirs, ours = _VERSION.unpack_from(address, len(_PREFIX)), ucx.get_ucx_version()
@@ -166,10 +168,10 @@ class UcxFabric:
         (listener,) = _TAG.unpack_from(address, len(_PREFIX) + _VERSION.size)
         there, here = _random_tag(), _random_tag()
         try:
-            pipe = UcxPipe(self, body[start:], send_tag=there, receive_tag=here, connecting=True)
+            pipe = UcxPipe(self, body[start:], body[life:start], send_tag=there, receive_tag=here, connecting=True)
         except ucx.UCXError as error:
             raise AddressError(f"ucx cannot reach that address: {error}; use tcp") from None
-        hello = _HELLO.pack(_HELLO_MAGIC, there, here) + self._address
+        hello = _HELLO.pack(_HELLO_MAGIC, there, here, word()) + self._address
         pipe._post(hello + _checksum(hello), ucx.UCXXTag(listener))
         return pipe
 
@@ -180,31 +182,42 @@ class UcxFabric:
             return False
         once = worker.progress_once
         moved = self._dirty
-        now = time.monotonic()
-        if now >= self._expiry:
-            self._expiry = now + 0.02
-            for pipe in tuple(self._pipes):
-                pipe._expire(now)
         for _ in range(_PROGRESS_STEPS):
             if not once():
                 break
             moved = True
-        if not moved:
-            return False
-        self._dirty = False
-        return self._look()
+        if moved:
+            self._dirty = False
+            return self._look()
+        for pipe in self._pipes:
+            if pipe._slots.used:
+                pipe._slots.repost()
+                return False  # one at a time: an answer may be about to arrive
+        now = time.monotonic()
+        if now >= self._expiry:
+            self._expiry = now + 0.02
+            self._expire(now)
+        return False
 
     def _look(self) -> bool:
         moved = False
         for pipe in tuple(self._pipes):
             if pipe._advance():
                 moved = True
-        for listener in tuple(self._listeners):
-            if listener._advance():
-                moved = True
+        if not moved:
+            for listener in tuple(self._listeners):
+                if listener._advance():
+                    moved = True
         if self._graveyard:
             self._graveyard = [pair for pair in self._graveyard if not pair[0].completed]
         return moved
+
+    def _expire(self, now: float) -> None:
+        for pipe in tuple(self._pipes):
+            pipe._expire(now)
+        for key, _ in self._gate.selector.select(0):
+            if isinstance(key.data, UcxPipe):  # its process has ended: nothing more arrives than what is here
+                key.data._failed = self._dirty = True
 
     def wait(self, timeout_s: float) -> None:
         """Spin, then sleep until UCX has an event."""

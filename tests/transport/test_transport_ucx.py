@@ -1,0 +1,69 @@
+"""The pure parts of the UCX backend: how long messages are laid out, and whether a process lives."""
+
+from __future__ import annotations
+
+import os
+import select
+import struct
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from transport import ChannelBroken
+from transport.ucx_life import WORD_BYTES, watch, word
+from transport.ucx_wire import CONTROL, LONG, SLOT_BYTES, lay_out, read_layout
+
+sizes = st.lists(st.one_of(st.integers(0, 50), st.integers(8000, 9000), st.just(40_000)), min_size=1, max_size=40)
+
+
+@settings(max_examples=50, deadline=None)
+@given(sizes)
+def test_a_long_message_is_put_together_as_it_was_cut(sizes):
+    parts = [bytes([index & 255]) * size for index, size in enumerate(sizes)]
+    whole = b"".join(parts)
+    layout = lay_out(parts, len(whole))
+    assert len(layout.control) <= SLOT_BYTES
+    length, pieces = read_layout(memoryview(layout.control))
+    bulk = iter(layout.bulk)
+    found = bytearray(length)
+    for piece in pieces:
+        found[piece.start : piece.end] = next(bulk) if piece.data is None else piece.data
+    assert found == whole
+    assert next(bulk, None) is None
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.binary(max_size=400), st.integers(0, 255), st.integers(0, 2**64 - 1))
+def test_an_impossible_layout_is_refused(tail, count, length):
+    message = memoryview(CONTROL.pack(LONG, count, 0, 0, length) + tail)
+    try:
+        found, pieces = read_layout(message)
+    except (ChannelBroken, struct.error):
+        return
+    assert found == length == sum(piece.end - piece.start for piece in pieces)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pidfd is Linux's")
+def test_the_end_of_a_process_is_told_also_while_nobody_waits_for_it():
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    theirs = word()[: WORD_BYTES - 4] + struct.pack("<I", process.pid)
+    descriptor = watch(theirs)
+    assert descriptor is not None
+    with os.fdopen(descriptor, "rb"):
+        assert not select.select([descriptor], [], [], 0)[0]
+        process.kill()
+        assert select.select([descriptor], [], [], 10)[0]
+    process.stdin.close()
+    process.wait()
+    with pytest.raises(ProcessLookupError):
+        watch(theirs)
+
+
+def test_a_process_of_elsewhere_or_oneself_is_not_watched():
+    assert watch(word()) is None
+    assert watch(bytes(WORD_BYTES)) is None
+    assert watch(b"another." + struct.pack("<I", 1)) is None
+    assert watch(word()[:-4] + b"\xff" * 4) is None
