@@ -200,12 +200,13 @@ class Exhaustive:
             path = self.picture.path(a, b)
             if not path.reachable:
                 return math.inf
+            size = model_cost.TOKEN_BYTES if closing else self.model.activation_bytes
             if objective == "throughput":
-                return self.model.activation_bytes / path.bandwidth
+                return size / path.bandwidth
             if objective == "first_token":
                 tokens = min(model_cost.PREFILL_TOKENS, CONTEXT)
                 return 0.0 if closing else path.transfer_s(tokens * self.model.activation_bytes)
-            return path.transfer_s(self.model.activation_bytes)
+            return path.transfer_s(size)
 
         hops = {(a, b): hop(a, b, False) for a in self.picture.sites for b in self.picture.sites}
         home = {(a, b): hop(a, b, True) for a in self.picture.sites for b in self.picture.sites}

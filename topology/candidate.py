@@ -11,12 +11,12 @@ from typing import Final
 from topology.archive import Archive
 from topology.balance import balance
 from topology.constraints import CODES, Constraints
-from topology.cost import POLICIES, PREFILL_TOKENS, Fit, fit, kv_bytes, least_bytes
+from topology.cost import POLICIES, PREFILL_TOKENS, TOKEN_BYTES, Fit, fit, kv_bytes, least_bytes
 from topology.model import ModelSpec
 from topology.objective import LIMITED_SLACKS, SLACKS, Key, excess, key
 from topology.picture import Node, Path, Picture
 from topology.plan import Choice, Plan, Predicted, Shard, Stage, device_of
-from topology.ring import EXACT, rings
+from topology.ring import EXACT, LISTED, rings
 
 Island = tuple[Node, ...]
 
@@ -187,7 +187,8 @@ class Assembler:
         if leads not in self._rings:
             size = self.model.activation_bytes
             cost = [[self.hop_s(a, b, size) for b in leads] for a in leads]
-            self._rings[leads] = rings(cost)
+            home = [[self.hop_s(a, b, TOKEN_BYTES) for b in leads] for a in leads] if len(leads) <= LISTED else None
+            self._rings[leads] = rings(cost, home)
             self.work += len(leads) ** 2 * (2 ** len(leads) / 256 if len(leads) <= EXACT else 0.08)
         return self._rings[leads]
 
@@ -327,12 +328,13 @@ class Assembler:
         leads = [each.nodes[0].site for each in fits]
         around = list(zip(leads, [*leads[1:], leads[0]], strict=True)) if len(leads) > 1 else []
         codes = tuple(self._code(a, b) for a, b in around[:-1]) + ("",) * min(len(around), 1)
-        sizes = [coded_bytes(model, code) for code in codes]
+        # What goes back to the first stage is a token's id; between stages go hidden states.
+        sizes = [coded_bytes(model, code) for code in codes[:-1]] + [float(TOKEN_BYTES)] * min(len(codes), 1)
         hops_s = [self.hop_s(a, b, size) for (a, b), size in zip(around, sizes, strict=True)]
         if not all(map(math.isfinite, hops_s)):
             return None  # a lead other than the one the ring was made for cannot reach its neighbour
         tokens = min(PREFILL_TOKENS, self.context)
-        prefill_hops_s = [self.hop_s(a, b, tokens * size) for (a, b), size in zip(around[:-1], sizes, strict=False)]
+        prefill_hops_s = [self.hop_s(a, b, tokens * size) for (a, b), size in zip(around[:-1], sizes[:-1], strict=True)]
         head_s = math.fsum(each.head_s + each.head_network_s for each in fits)
         carried_s = [size / self.picture.path(a, b).bandwidth for (a, b), size in zip(around, sizes, strict=True)]
         stage_s: dict[str, float] = {}

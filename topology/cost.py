@@ -35,6 +35,9 @@ PREFILL_TOKENS: Final = 512
 LAYER_OVERHEAD_S: Final = 200e-6
 #: MLP columns and head rows are cut at multiples of this: a cache line of float16 and a tile of most matrix kernels.
 CUT_UNIT: Final = 8
+#: Bytes of what the last stage hands to the first: a token's id, not its hidden state. Measured with its frame and
+#: seal, three stages in a ring (docs/benchmarks.md).
+TOKEN_BYTES: Final = 62
 #: Bytes of one logit: sampling happens in float32.
 LOGIT_BYTES: Final = 4
 

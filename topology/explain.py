@@ -6,13 +6,13 @@ from typing import Final
 
 from topology.candidate import Candidate
 from topology.constraints import Constraints
-from topology.cost import decode_s, slowest_path, width
+from topology.cost import TOKEN_BYTES, decode_s, slowest_path, width
 from topology.errors import megabytes, ms
 from topology.islands import tensor_parallel_rtt_s
 from topology.model import ModelSpec
 from topology.picture import Picture
 from topology.reasons import besides, bottleneck, weighed
-from topology.ring import EXACT, ring_s
+from topology.ring import EXACT, turn_s
 from topology.search import Search
 from topology.solve import Request, Solution
 
@@ -166,9 +166,12 @@ def _ring(search: Search, chosen: Candidate) -> str:
     stops = leads if len(set(leads)) == len(leads) else [each.nodes[0].key for each in chosen.fits]
     hops = " -> ".join([*stops, stops[0]])
     islands = sorted((each.nodes for each in chosen.fits), key=lambda nodes: [node.rank for node in nodes])
-    cost = [[search.assembler.hop_s(a[0].site, b[0].site, size) for b in islands] for a in islands]
-    least_s = min((ring_s(cost, order) for order in search.assembler.rings(islands)), default=0.0)
-    taken_s = sum(search.assembler.hop_s(a, b, size) for a, b in pairs)
+    hop_s = search.assembler.hop_s
+    cost, home = (
+        [[hop_s(a[0].site, b[0].site, carried) for b in islands] for a in islands] for carried in (size, TOKEN_BYTES)
+    )
+    least_s = min((turn_s(cost, home, order) for order in search.assembler.rings(islands)), default=0.0)
+    taken_s = sum(hop_s(a, b, size) for a, b in pairs[:-1]) + hop_s(*pairs[-1], TOKEN_BYTES)
     among = "the least found" if len(islands) > EXACT else "the least of all orders"
     praise = f", {among}" if taken_s <= least_s * (1 + 1e-9) else ""
     return f"the ring {hops} takes {ms(total_s)} a turn{praise}; layers: {layers}{suffix}"

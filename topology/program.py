@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from topology.candidate import Assembler
 from topology.constraints import Constraints
-from topology.cost import PREFILL_TOKENS
+from topology.cost import PREFILL_TOKENS, TOKEN_BYTES
 from topology.picture import Picture
 from topology.split import Times
 
@@ -67,9 +67,13 @@ class Run:
         for (i, a), (j, b) in itertools.product(enumerate(exact.sites), repeat=2):
             path = exact.picture.path(a, b)
             carried_s = model.activation_bytes / path.bandwidth
+            home_s = TOKEN_BYTES / path.bandwidth
             if path.reachable and carried_s <= self.limit_s:
                 hop[i, j] = carried_s if self.combine is np.maximum else path.transfer_s(size)
-                closing[i, j] = 0.0 if self.policy == "prefill" else hop[i, j]
+            if path.reachable and home_s <= self.limit_s:
+                closing[i, j] = home_s if self.combine is np.maximum else path.transfer_s(TOKEN_BYTES)
+                if self.policy == "prefill":
+                    closing[i, j] = 0.0  # the first token is there before it goes home
         return hop, closing
 
     def _tables(self, *, first: bool, last: bool) -> list[tuple[Vector, list[tuple[int, int, Array]]]]:

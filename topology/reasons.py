@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from topology.archive import alternatives, figures
 from topology.candidate import Candidate, coded_bytes
-from topology.cost import overhead_s
+from topology.cost import TOKEN_BYTES, overhead_s
 from topology.errors import megabytes, ms
 from topology.model import ModelSpec
 from topology.picture import Picture
@@ -28,8 +28,8 @@ def bottleneck(chosen: Candidate, picture: Picture, model: ModelSpec) -> str:
     leads = [each.nodes[0].site for each in chosen.fits]
     if len(leads) > 1:
         codes = chosen.codes or ("",) * len(leads)
-        for a, b, code in zip(leads, [*leads[1:], leads[0]], codes, strict=True):
-            size = coded_bytes(model, code)
+        sizes = [*(coded_bytes(model, code) for code in codes[:-1]), TOKEN_BYTES]
+        for a, b, size in zip(leads, [*leads[1:], leads[0]], sizes, strict=True):
             hops.append((picture.path(a, b).transfer_s(size), f"the hop {a} -> {b}"))
             carried.append((size / picture.path(a, b).bandwidth, f"the bandwidth {a} -> {b}"))
     if len(stages) == 1:

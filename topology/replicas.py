@@ -8,6 +8,7 @@ rings the largest sum of rates that their stages, and links which several rings 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from typing import Final
 
 from topology.candidate import Candidate
 from topology.constraints import Constraints
+from topology.cost import TOKEN_BYTES
 from topology.picture import Picture
 from topology.search import Search
 
@@ -145,17 +147,19 @@ def _rings(picture: Picture, wishes: Constraints, way: str, count: int, make: Ma
 
 def rates(picture: Picture, activation_bytes: int, rings: Sequence[Candidate]) -> tuple[float, ...]:
     """Tokens a second of each ring when all run: the largest sum that stages and shared links allow."""
-    links: dict[tuple[str, str], Counter[int]] = {}
+    links: dict[tuple[str, str], Counter[int]] = {}  # bytes of a token, by link and ring
     for index, ring in enumerate(rings):
         leads = [each.nodes[0].site for each in ring.fits]
-        for pair in zip(leads, [*leads[1:], leads[0]], strict=True) if len(leads) > 1 else ():
-            links.setdefault(pair, Counter())[index] += 1
+        for pair in itertools.pairwise(leads):
+            links.setdefault(pair, Counter())[index] += activation_bytes
+        if len(leads) > 1:
+            links.setdefault((leads[-1], leads[0]), Counter())[index] += TOKEN_BYTES
     shared = sorted((pair, uses) for pair, uses in links.items() if len(uses) > 1)
     own = [ring.rate for ring in rings]
     if not shared:
         return tuple(own)
     rows = [[uses[index] for index in range(len(rings))] for _, uses in shared]
-    most = [picture.path(*pair).bandwidth / activation_bytes for pair, _ in shared]
+    most = [picture.path(*pair).bandwidth for pair, _ in shared]
     from scipy.optimize import linprog  # only plans with replicas wait for its import
 
     found = linprog([-1.0] * len(rings), A_ub=rows, b_ub=most, bounds=[(0.0, each) for each in own], method="highs")

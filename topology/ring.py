@@ -32,15 +32,24 @@ def ring_s(cost: Matrix, order: Sequence[int]) -> float:
     return math.fsum(cost[a][b] for a, b in zip(order, [*order[1:], order[0]], strict=True))
 
 
-def rings(cost: Matrix) -> list[tuple[int, ...]]:
+def turn_s(cost: Matrix, home: Matrix, order: Sequence[int]) -> float:
+    """The same where the hop that closes the ring costs what `home` says, begun where that saves most."""
+    hops = list(zip(order, [*order[1:], *order[:1]], strict=True))
+    if len(order) < 2 or not all(math.isfinite(cost[a][b]) for a, b in hops):
+        return ring_s(cost, order)
+    return ring_s(cost, order) - max(cost[a][b] - home[a][b] for a, b in hops)
+
+
+def rings(cost: Matrix, home: Matrix | None = None) -> list[tuple[int, ...]]:
     """Feasible rings, best first, each starting at stage 0: all up to `LISTED` stages, else only the best found.
 
-    Empty where no ring avoids the infinite costs (or, beyond `EXACT` stages, none was found).
+    `home`, where given, is what a hop costs that closes the ring; it counts for rings that are listed. Empty where
+    no ring avoids the infinite costs (or, beyond `EXACT` stages, none was found).
     """
     count = len(cost)
     if count <= LISTED:
         orders = [(0, *rest) for rest in itertools.permutations(range(1, count))]
-        ranked = sorted((round(ring_s(cost, order), 12), order) for order in orders)
+        ranked = sorted((round(turn_s(cost, home or cost, order), 12), order) for order in orders)
         return [order for total, order in ranked if math.isfinite(total)]
     order = _held_karp(cost) if count <= EXACT else _tour(cost)
     return [order] if order and math.isfinite(ring_s(cost, order)) else []

@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from typing import Final
 
 from topology.candidate import Candidate
+from topology.cost import TOKEN_BYTES
 from topology.model import ModelSpec
 from topology.picture import Node, Picture
 from topology.plan import Shard, Stage, Standby
@@ -71,8 +72,11 @@ def _cost(picture: Picture, model: ModelSpec, ring: Candidate, place: tuple[int,
     others = [n.site for n in fit.nodes if n is not served]
     neighbours = [stages[index - 1].lead.site, stages[(index + 1) % len(stages)].lead.site]
     if rank == 0 and len(stages) > 1:
-        size = model.activation_bytes
-        for other, there, here in ((neighbours[0], True, node.site), (neighbours[1], False, node.site)):
+        sizes = [TOKEN_BYTES if i == 0 else model.activation_bytes for i in (index, (index + 1) % len(stages))]
+        for other, there, here, size in (
+            (neighbours[0], True, node.site, sizes[0]),
+            (neighbours[1], False, node.site, sizes[1]),
+        ):
             now = picture.path(*((other, served.site) if there else (served.site, other))).transfer_s(size)
             then = picture.path(*((other, here) if there else (here, other))).transfer_s(size)
             extra += then - now

@@ -6,7 +6,7 @@ import pytest
 from meshes import LLAMA_70B, SMOL, cpu, gpu, mesh, site
 
 from topology import Constraints, Snapshot, partition
-from topology.cost import LAYER_OVERHEAD_S, decode_s, fit, least_bytes
+from topology.cost import LAYER_OVERHEAD_S, TOKEN_BYTES, decode_s, fit, least_bytes
 from topology.islands import tensor_parallel_rtt_s
 from topology.picture import look
 
@@ -28,7 +28,7 @@ def test_a_slow_processor_bounds_decoding_by_arithmetic() -> None:
     assert node.speed == 2e9
 
 
-def test_a_pipeline_pays_one_hop_a_stage_and_the_ring_is_closed() -> None:
+def test_a_pipeline_pays_one_hop_a_stage_and_only_a_tokens_id_closes_the_ring() -> None:
     snapshot = mesh(
         [site(n, cpu(memory=300 * 2**20)) for n in "abcd"],
         dict.fromkeys(["a-b", "a-c", "a-d", "b-c", "b-d", "c-d"], 50.0),
@@ -37,7 +37,7 @@ def test_a_pipeline_pays_one_hop_a_stage_and_the_ring_is_closed() -> None:
     plan = partition(snapshot, SMOL)
     hops = len(plan.stages)
     assert hops == 4
-    assert plan.predicted.network_ms == pytest.approx(hops * (25 + 1e3 * 576 * 4 / 1e6))
+    assert plan.predicted.network_ms == pytest.approx(hops * 25 + 1e3 * (576 * 4 * 3 + TOKEN_BYTES) / 1e6)
 
 
 def test_tensor_parallelism_pays_two_one_shot_exchanges_a_layer() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from topology.ring import EXACT, LISTED, ring_s, rings
+from topology.ring import EXACT, LISTED, ring_s, rings, turn_s
 
 
 def cheapest(cost: list[list[float]]) -> float:
@@ -64,3 +64,16 @@ def test_many_stages_avoid_a_cut_pair() -> None:
     cost = [[0.01 + 0.001 * abs(a - b) for b in range(count)] for a in range(count)]
     cost[0][1] = cost[1][0] = math.inf
     assert math.isfinite(ring_s(cost, rings(cost)[0]))
+
+
+@given(matrices.filter(lambda cost: 1 < len(cost) <= LISTED))
+@settings(max_examples=40)
+def test_a_listed_ring_closes_where_that_saves_most(cost: list[list[float]]) -> None:
+    home = [[each / 3 for each in row] for row in cost]
+    orders = list(itertools.permutations(range(len(cost))))
+    totals = [sum(cost[a][b] for a, b in itertools.pairwise(o)) + home[o[-1]][o[0]] for o in orders]
+    found = rings(cost, home)
+    if math.isinf(min(totals)):
+        assert found == []
+    else:
+        assert turn_s(cost, home, found[0]) == pytest.approx(min(totals), rel=1e-9)
