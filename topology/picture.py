@@ -25,6 +25,8 @@ MAX_LINK_BANDWIDTH: Final = 1e13
 MAX_MEMORY_BYTES: Final = 2**60
 MAX_MEMORY_BANDWIDTH: Final = 1e15
 MAX_FLOPS: Final = 1e21
+#: No link is as old as 30 years.
+MAX_AGE_S: Final = 1e9
 #: A device busier than this is no device to plan with.
 MAX_LOAD: Final = 0.99
 #: Seconds of a layer, or of a row of a matrix, beside its bytes: more is no device to decode on.
@@ -275,6 +277,7 @@ def _usable_link(link: Link | None) -> bool:
         and _within(link.jitter_s, MAX_RTT_S, zero=True)
         and _within(link.bandwidth, MAX_LINK_BANDWIDTH)
         and _within(link.loss, 0.99, zero=True)
+        and (link.age_s is None or _within(link.age_s, MAX_AGE_S, zero=True))
     )
 
 

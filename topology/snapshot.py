@@ -84,6 +84,9 @@ class Link:
     """A directed pair of sites. `rtt_s` is the minimum measured, `jitter_s` its spread, `bandwidth` bytes/s.
 
     `measured` is False where the RTT is an estimate; `reachable` is False where the pair cannot exchange traffic.
+    `age_s` is how long ago the RTT was measured, or last told by who measures it (who tells it again when it changes);
+    None for an estimate. It does not count when links are compared. `bandwidth_measured` is False where no transfer has
+    shown the bandwidth yet; `transport` is the backend that proved best, empty where none were compared.
     `directed`: the figures are of this direction alone, from a hand that knows both, and `rtt_s` is twice the one-way
     latency. Otherwise they are one end's word on the pair, to be weighed against the other end's.
     """
@@ -97,6 +100,9 @@ class Link:
     measured: bool = True
     reachable: bool = True
     directed: bool = False
+    age_s: float | None = field(default=None, compare=False)
+    bandwidth_measured: bool = False
+    transport: str = ""
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from topology.plan import Plan
     from topology.snapshot import Device, Link, Snapshot
 
+#: Links are listed one by one up to so many sites.
+LISTED_SITES = 12
 #: Columns to print in where stdout is no terminal and has no width: enough that nothing is cut.
 WIDE = 200
 
@@ -55,7 +57,7 @@ def show_members(document: Mapping[str, Any]) -> None:
 
 
 def show_topology(snapshot: Snapshot) -> None:
-    """`mesh topology`: the sites with their devices, then the matrix of round-trip times."""
+    """`mesh topology`: the sites with their devices, what is known of each link, the matrix of round-trip times."""
     table(
         ["site", "region", "device", "memory", "free", "float32", "memory bandwidth"],
         [
@@ -75,6 +77,13 @@ def show_topology(snapshot: Snapshot) -> None:
     if len(snapshot.sites) < 2:
         say("one site: no links")
         return
+    if len(snapshot.sites) <= LISTED_SITES:
+        say("links (~ nobody measured it yet)")
+        table(
+            ["from", "to", "rtt ms", "spread ms", "loss", "bandwidth", "transport", "path", "measured"],
+            [_link(link) for link in snapshot.links],
+            right=range(2, 6),
+        )
     names = [site.name for site in snapshot.sites]
     links = {(link.source, link.target): link for link in snapshot.links}
     say("round-trip time in ms (~ estimated, x unreachable, ? unknown)")
@@ -157,6 +166,14 @@ def mebibytes(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
+def ago(seconds: float) -> str:
+    """A time span for people, in its largest unit."""
+    for unit, per in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= per:
+            return f"{seconds / per:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 class _Pipe(Console):
     """A console that leaves a broken pipe to the command's own handling: rich would end the process with 1."""
 
@@ -181,6 +198,20 @@ def _rtt(source: str, target: str, link: Link | None) -> str:
     if not link.reachable:
         return "x"
     return f"{'' if link.measured else '~'}{link.rtt_s * 1e3:.1f}"
+
+
+def _link(link: Link) -> list[str]:
+    return [
+        link.source,
+        link.target,
+        _rtt(link.source, link.target, link),
+        f"{link.jitter_s * 1e3:.1f}",
+        f"{link.loss:.1%}",
+        f"{'' if link.bandwidth_measured else '~'}{link.bandwidth / 1e6:.1f} MB/s",
+        link.transport or "-",
+        "direct" if link.reachable else "none",
+        "-" if link.age_s is None else f"{ago(link.age_s)} ago",
+    ]
 
 
 def _range(pair: tuple[int, int]) -> str:

@@ -329,9 +329,9 @@ class GossipCore:
         summaries = {peer.site: peer.rtt.summary() for peer in self._swim.live()}
         return {site: summary for site, summary in summaries.items() if summary is not None}
 
-    def links(self) -> dict[str, LinkReport]:
+    def links(self, now: float) -> dict[str, LinkReport]:
         """What is known of the link to every live site."""
-        return self._distances.reports(self._swim.live())
+        return self._distances.reports(self._swim.live(), now)
 
     def coordinate(self) -> Coordinate:
         """Where this site is, as `coordinates` has it."""
@@ -344,6 +344,14 @@ class GossipCore:
     def bandwidth_probe(self, now: float) -> str | None:
         """A site to which a short transfer should be timed now (rarely), or None; answer with `transferred`."""
         return self._distances.links.to_probe(now)
+
+    def probe_failed(self, site: str, now: float) -> None:
+        """The transfer that `bandwidth_probe` asked for came to nothing."""
+        self._distances.links.probe_failed(site, now)
+
+    def chose(self, site: str, transport: str | None) -> None:
+        """Which transport proved best to `site`."""
+        self._distances.links.chose(site, transport)
 
     # ---------------------------------------------------------------- messages
 

@@ -7,6 +7,7 @@ also published, now and then, so that everybody can estimate every pair.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from mesh.gossip.config import Randomness
@@ -65,13 +66,15 @@ class Distances:
         self.links.forget(site)
         self.coordinates.forget(site)
 
-    def reports(self, live: list[Peer]) -> dict[str, LinkReport]:
+    def reports(self, live: list[Peer], now: float) -> dict[str, LinkReport]:
         """What is known of the link to every live site."""
-        bandwidth = self.links.bandwidth
-        return {
-            peer.site: LinkReport.of(peer.rtt.summary(), peer.reach.out, peer.reach.into, bandwidth(peer.site))
-            for peer in live
-        }
+        return {peer.site: self._report(peer, now) for peer in live}
+
+    def _report(self, peer: Peer, now: float) -> LinkReport:
+        links, reach = self.links, peer.reach
+        age_s = max(0.0, now - reach.answered_s) if reach.answered_s > float("-inf") else None
+        report = LinkReport.of(peer.rtt.summary(), reach.out, reach.into, links.bandwidth(peer.site))
+        return replace(report, age_s=age_s, transport=links.transport(peer.site))
 
     def look_gap_s(self, others: int, least_s: float) -> float:
         """Seconds between two calls of `news`: drawn anew each time where sites are many, so that none keep step."""
@@ -80,7 +83,7 @@ class Distances:
 
     def news(self, live: list[Peer], now: float) -> Iterator[tuple[str, dict[str, Any]]]:
         """What has changed enough to be published: key and value."""
-        links = self.links.changed(self.reports(live), now)
+        links = self.links.changed(self.reports(live, now), now)
         if links is not None:
             yield LINKS, links
         if (

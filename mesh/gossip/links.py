@@ -5,8 +5,9 @@ publishes its nearest, a sample drawn by a hash of the pair so that both ends dr
 coordinates fill the rest. What is published is worth `BUDGET_BYTES_S` to each receiver, all sites together, whatever
 their number; a path that breaks or heals may go into debt.
 
-The document under "links" is {site: [minimum, median and jitter in us, loss in thousandths, out, in, bytes/s]}; each
-may be None where it is not known. `read` takes such documents from others, and believes no figure that cannot be.
+The document under "links" is {site: [minimum, median and jitter in us, loss in thousandths, out, in, bytes/s, age of
+the last round trip in s, transport]}; each may be None where it is not known. `read` takes such documents from others,
+and believes no figure that cannot be.
 """
 
 from __future__ import annotations
@@ -44,17 +45,25 @@ OVERHEAD_BYTES: Final = 290
 LEAST_TRANSFER_BYTES: Final = 64 * 1024
 #: Transfers remembered by site, and sites with transfers.
 TRANSFERS, MAX_TRANSFERRED = 8, 1024
-#: A link without a recent transfer is probed at most so often, and one site at most every `PROBE_GAP_S`.
-BANDWIDTH_AGE_S, PROBE_GAP_S = 6 * 3600.0, 600.0
+#: A link without a recent transfer is probed at most so often, and a site sends a probe at most every `PROBE_GAP_S`.
+#: Links never seen are probed sooner where there are few: with `FIRST_GAP_S` for each link between two probes. So three
+#: sites know their links within seconds; 64 spend 8 KB/s each for two hours (bursts are 1 MiB), and then 2 KB/s.
+BANDWIDTH_AGE_S, PROBE_GAP_S, FIRST_GAP_S = 6 * 3600.0, 600.0, 2.0
+#: A probe that failed is tried again after twice as long each time, at most after this.
+MAX_BACKOFF_S = 6 * 3600.0
 #: Bounds of what is believed.
-MAX_RTT_S, MAX_BANDWIDTH, MAX_LINKS = 60.0, 1e13, 1024
+MAX_RTT_S, MAX_BANDWIDTH, MAX_LINKS, MAX_AGE_S = 60.0, 1e13, 1024, 1e9
+#: The transports there are: see `transport.available`.
+TRANSPORTS = frozenset({"tcp", "ucx"})
 
 
 @dataclass(frozen=True, slots=True)
 class LinkReport:
     """What one end says of a link; None where it does not know.
 
-    `out`: whether what it sends arrives; `into`: whether it hears the other. `bandwidth` is bytes/s out.
+    `out`: whether what it sends arrives; `into`: whether it hears the other. `bandwidth` is bytes/s out. `age_s`: how
+    long ago the last round trip was measured, when this was said. `transport`: which proved best when they were
+    measured against each other.
     """
 
     min_s: float | None = None
@@ -64,6 +73,8 @@ class LinkReport:
     out: bool | None = None
     into: bool | None = None
     bandwidth: float | None = None
+    age_s: float | None = None
+    transport: str | None = None
 
     @classmethod
     def of(cls, rtt: Rtt | None, out: bool | None, into: bool | None, bandwidth: float | None) -> LinkReport:
@@ -79,7 +90,9 @@ class LinkReport:
 
     def differs(self, other: LinkReport) -> bool:
         """Whether the minimum moved by more than 5 %, the jitter by more than a half (or 5 % of the minimum), the loss
-        by more than 0.1, the bandwidth by more than a half."""
+        by more than 0.1, the bandwidth by more than a half, or another transport is best. Age alone is no news."""
+        if self.transport != other.transport:
+            return True
         if (self.min_s is None) != (other.min_s is None) or (self.bandwidth is None) != (other.bandwidth is None):
             return True
         least_s = self.min_s or 0.0
@@ -98,6 +111,8 @@ class LinkReport:
             self.out,
             self.into,
             None if self.bandwidth is None else round(self.bandwidth),
+            None if self.age_s is None else round(self.age_s),
+            self.transport,
         ]
 
 
@@ -108,7 +123,7 @@ def read(document: object) -> dict[str, LinkReport]:
     reports = {}
     for site, row in document.items():
         try:
-            least, middle, jitter, loss, out, into, bandwidth = row
+            least, middle, jitter, loss, out, into, bandwidth, age, transport = row
             reports[str(site)] = LinkReport(
                 _within(least, 1e6 * MAX_RTT_S, 1e6),
                 _within(middle, 1e6 * MAX_RTT_S, 1e6),
@@ -117,6 +132,8 @@ def read(document: object) -> dict[str, LinkReport]:
                 _truth(out),
                 _truth(into),
                 _within(bandwidth, MAX_BANDWIDTH, 1.0) or None,
+                _within(age, MAX_AGE_S, 1.0),
+                _transport(transport),
             )
         except (TypeError, ValueError, OverflowError):
             continue
@@ -135,6 +152,12 @@ def _truth(value: object) -> bool | None:
     if value is None or isinstance(value, bool):
         return value
     raise ValueError("not a truth value")
+
+
+def _transport(value: object) -> str | None:
+    if value is None or (isinstance(value, str) and value in TRANSPORTS):
+        return value
+    raise ValueError("not a transport")
 
 
 def shared_draw(one: str, other: str) -> bytes:
@@ -175,8 +198,13 @@ class Pace:
 
 @dataclass(slots=True)
 class _Transfers:
+    """What was seen of the bandwidth to one site. `failures` in a row hold the next probe back until `after_s`."""
+
     rates: deque[float] = field(default_factory=lambda: deque(maxlen=TRANSFERS))
     last_s: float = -math.inf
+    failures: int = 0
+    after_s: float = -math.inf
+    transport: str | None = None
 
 
 class Links:
@@ -194,27 +222,49 @@ class Links:
         """So many bytes reached `site` in so many seconds. Small and impossible transfers are ignored."""
         if size_bytes < LEAST_TRANSFER_BYTES or not 0 < seconds < math.inf or size_bytes / seconds > MAX_BANDWIDTH:
             return
-        if site not in self._transfers and len(self._transfers) >= MAX_TRANSFERRED:
-            del self._transfers[next(iter(self._transfers))]
-        transfers = self._transfers.setdefault(site, _Transfers())
+        transfers = self._of(site)
         transfers.rates.append(size_bytes / seconds)
         transfers.last_s = now
+        transfers.failures = 0
+
+    def _of(self, site: str) -> _Transfers:
+        if site not in self._transfers and len(self._transfers) >= MAX_TRANSFERRED:
+            del self._transfers[next(iter(self._transfers))]
+        return self._transfers.setdefault(site, _Transfers())
+
+    def chose(self, site: str, transport: str | None) -> None:
+        """Which transport proved best to `site`, where several were measured."""
+        self._of(site).transport = transport
+
+    def probe_failed(self, site: str, now: float) -> None:
+        """The transfer that `to_probe` asked for came to nothing: that site is left alone for a while."""
+        transfers = self._of(site)
+        transfers.failures += 1
+        transfers.after_s = now + min(MAX_BACKOFF_S, PROBE_GAP_S * 2.0 ** min(transfers.failures - 1, 16))
 
     def bandwidth(self, site: str) -> float | None:
         """Bytes/s to a site: the median of the last transfers; None before the first."""
         transfers = self._transfers.get(site)
-        return median(transfers.rates) if transfers is not None else None
+        return median(transfers.rates) if transfers is not None and transfers.rates else None
+
+    def transport(self, site: str) -> str | None:
+        """The transport that proved best to a site; None where nothing was compared."""
+        transfers = self._transfers.get(site)
+        return None if transfers is None else transfers.transport
 
     def to_probe(self, now: float) -> str | None:
-        """A published link whose bandwidth nobody has seen for hours, at most one every ten minutes.
+        """A published link whose bandwidth nobody has seen for hours, and seldom: see `PROBE_GAP_S`.
 
-        Whoever asks sends it a short transfer and says so by `transferred`.
+        Whoever asks sends it a short transfer and says so by `transferred`, or `probe_failed`.
         """
-        if now - self._probed_s < PROBE_GAP_S:
+        links = self._published or {}
+        waited_s = now - self._probed_s
+        if waited_s < min(PROBE_GAP_S, FIRST_GAP_S * len(links)):
             return None
-        for site, report in sorted((self._published or {}).items()):
-            seen = self._transfers.get(site)
-            if not report.cut and (seen is None or now - seen.last_s > BANDWIDTH_AGE_S):
+        for site, report in sorted(links.items()):
+            seen = self._transfers.get(site) or _Transfers()
+            due = now - seen.last_s > BANDWIDTH_AGE_S and now >= seen.after_s
+            if due and not report.cut and (not seen.rates or waited_s >= PROBE_GAP_S):
                 self._probed_s = now
                 return site
         return None

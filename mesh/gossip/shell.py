@@ -99,7 +99,7 @@ class Gossip:
 
     def links(self) -> dict[str, LinkReport]:
         """Site -> what is known of the link to it, for every live site: round trips, loss, directions, bandwidth."""
-        return self._core.links()
+        return self._core.links(self._clock())
 
     def coordinate(self) -> Coordinate:
         """Where this site is among the others: `mesh.gossip.coordinates.estimate_s` of two gives their round trip."""
@@ -110,8 +110,17 @@ class Gossip:
         self._core.transferred(site, size_bytes, seconds, self._clock())
 
     def bandwidth_probe(self) -> str | None:
-        """A site to which a short transfer should be timed now (rarely), or None; answer with `transferred`."""
+        """A site to which a short transfer should be timed now (rarely), or None; answer with `transferred`, or
+        `probe_failed`."""
         return self._core.bandwidth_probe(self._clock())
+
+    def probe_failed(self, site: str) -> None:
+        """The transfer that `bandwidth_probe` asked for came to nothing; that site is left alone for a while."""
+        self._core.probe_failed(site, self._clock())
+
+    def chose(self, site: str, transport: str | None) -> None:
+        """Which transport proved best to `site`, where several were measured; None takes that back."""
+        self._core.chose(site, transport)
 
     def counters(self) -> Mapping[str, int]:
         """For metrics, all that were counted: sent, sent_bytes, received, syncs, stalls, send_errors, unresolved,

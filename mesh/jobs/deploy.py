@@ -26,6 +26,8 @@ from topology.plan import Plan, Shard
 PREPARE_DEADLINE_S = 1800.0
 #: Opening channels takes a few round trips.
 CONNECT_DEADLINE_S = 30.0
+#: Comparing the transports of a link: two processes start, and measure for a fraction of a second.
+MEASURE_DEADLINE_S = 25.0
 #: A job that gives way ends its workers first.
 DISPLACE_DEADLINE_S = 15.0
 #: UCX where both ends offer it: they do where they have accelerators, or were told to.

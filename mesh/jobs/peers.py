@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
@@ -43,6 +43,10 @@ class PeerCalls(Protocol):
 
     async def ping(self, timeout_s: float) -> None:
         """Raise PeerUnreachable or DeadlineExceeded unless the peer answers in time."""
+        ...
+
+    async def measure(self, site: str, backends: Sequence[str]) -> str:
+        """Which of `backends` is best from the peer to `site`, measured now or not long ago."""
         ...
 
     def events(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ from mesh.client.bridge import Messages, unary
 from mesh.client.channel import Connection
 from mesh.client.credentials import Credentials
 from mesh.errors import PeerUnreachable
-from mesh.jobs.deploy import CONNECT_DEADLINE_S, DISPLACE_DEADLINE_S, PREPARE_DEADLINE_S
+from mesh.jobs.deploy import CONNECT_DEADLINE_S, DISPLACE_DEADLINE_S, MEASURE_DEADLINE_S, PREPARE_DEADLINE_S
 from mesh.jobs.peers import Progress
 from mesh.wire.v1 import identity_pb2, identity_pb2_grpc, peer_pb2, peer_pb2_grpc
 
@@ -66,6 +66,18 @@ class RemotePeer(Connection):
     async def ping(self, timeout_s: float) -> None:
         """See `PeerCalls.ping`."""
         await unary(self, self._peer.Ping, peer_pb2.Done(), "ping", timeout_s)
+
+    async def answer(self, backends: Sequence[str], key: bytes) -> dict[str, bytes]:
+        """Begin to answer a measurement there; the addresses. See `mesh.peer.measuring`."""
+        request = peer_pb2.AnswerRequest(backends=backends, key=key)
+        reply = await unary(self, self._peer.Answer, request, "answer", MEASURE_DEADLINE_S)
+        return dict(reply.addresses)
+
+    async def measure(self, site: str, backends: Sequence[str]) -> str:
+        """See `PeerCalls.measure`."""
+        request = peer_pb2.MeasureRequest(site=site, backends=backends)
+        reply = await unary(self, self._peer.Measure, request, "measure", MEASURE_DEADLINE_S)
+        return str(reply.backend)
 
     async def gossip(self, data: bytes, timeout_s: float) -> bytes:
         """One request of gossip's reliable path, and its answer."""

@@ -142,7 +142,8 @@ class PeerConfig(BaseSettings):
     `advertise` is where others reach `listen`, where that differs: behind a forwarded port, or when listening on all of
     a machine's addresses (then by default the one that its own way out has). `emulate` holds round-trip times in
     milliseconds that are added between this peer and others, by their address.
-    `reserve` is the share of each device's memory kept for the loss of another site.
+    `reserve` is the share of each device's memory kept for the loss of another site. `probes`: whether the bandwidth of
+    this site's links may be measured by short bursts.
     """
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, validate_default=True)
@@ -157,6 +158,7 @@ class PeerConfig(BaseSettings):
     device: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words), AfterValidator(_checked_devices)] = ()
     emulate: Annotated[dict[str, float], NoDecode, BeforeValidator(_delays), AfterValidator(_checked_delays)] = {}
     transport: Literal["auto", "tcp", "ucx"] = "auto"
+    probes: bool = True
     reserve: float = Field(default=0.2, ge=0.0, lt=1.0)
 
     @property

@@ -22,6 +22,7 @@ from mesh.jobs.ledger import Ledger
 from mesh.peer.bridge import Bridge, each
 from mesh.peer.cluster import Cluster
 from mesh.peer.guard import Guard
+from mesh.peer.measuring import Measuring
 from mesh.peer.office import IdentityServicer
 from mesh.peer.service import PeerService
 from mesh.peer.view import MeshView
@@ -173,9 +174,17 @@ class MeshServicer(mesh_pb2_grpc.MeshServicer):
 class PeerServicer(peer_pb2_grpc.PeerServicer):
     """What the owners of jobs ask."""
 
-    def __init__(self, bridge: Bridge, service: PeerService, gossip: Gossip, secured: Secured | None = None) -> None:
+    def __init__(
+        self,
+        bridge: Bridge,
+        service: PeerService,
+        gossip: Gossip,
+        measuring: Measuring,
+        secured: Secured | None = None,
+    ) -> None:
         self._bridge = bridge
         self._service = service
+        self._measuring = measuring
         self._gossip = gossip
         self._secured = secured
 
@@ -203,6 +212,22 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
             if known is None or known.fingerprint != caller.id:
                 raise RequestError(f"the certificate of {caller.name} is not known here yet: ask again")
             return identity_pb2.Packet(data=cluster.identity.handover(known.der, cluster.wall()))
+
+        return self._bridge.call(context, work)
+
+    def Answer(self, request: peer_pb2.AnswerRequest, context: grpc.ServicerContext) -> peer_pb2.AnswerReply:
+        """Begin to answer a measurement of the link to this peer."""
+
+        async def work() -> peer_pb2.AnswerReply:
+            return peer_pb2.AnswerReply(addresses=await self._measuring.answer(request.backends, request.key))
+
+        return self._bridge.call(context, work)
+
+    def Measure(self, request: peer_pb2.MeasureRequest, context: grpc.ServicerContext) -> peer_pb2.MeasureReply:
+        """Which transport is best from here to another site."""
+
+        async def work() -> peer_pb2.MeasureReply:
+            return peer_pb2.MeasureReply(backend=await self._service.measure(request.site, request.backends))
 
         return self._bridge.call(context, work)
 

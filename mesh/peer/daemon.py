@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
@@ -27,6 +27,7 @@ from mesh.errors import AddressInUse, ConfigError, MeshError
 from mesh.gossip import Gossip, GossipConfig, open_gossip
 from mesh.gossip.absent import Known
 from mesh.gossip.config import join_address
+from mesh.gossip.distances import LINKS
 from mesh.gossip.sealing import REFUSALS
 from mesh.jobs.ledger import Ledger
 from mesh.jobs.model import SubprocessInspector
@@ -39,6 +40,7 @@ from mesh.peer.datadir import DataDir
 from mesh.peer.guard import Guard
 from mesh.peer.http import build_app
 from mesh.peer.http import serve as serve_http
+from mesh.peer.measuring import Measuring
 from mesh.peer.metrics import DeviceMemory
 from mesh.peer.office import IdentityServicer
 from mesh.peer.service import PeerService
@@ -329,6 +331,9 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
         async def displace(request: peer_pb2.DisplaceRequest) -> None:
             await ledger.displace(request)
 
+        async def measure(site: str, backends: Sequence[str]) -> str:
+            return await measuring.choose(site, backends)
+
         service = PeerService(
             config.site,
             pool,
@@ -337,9 +342,19 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
             on_load=publish_load,
             inspector=inspector,
             displace=displace,
+            measure=measure,
         )
         credentials = no_credentials if cluster is None else cluster.credentials
         view = MeshView(config.site, gossip, service, lambda site, at: RemotePeer(at, credentials(site)))
+        measuring = Measuring(
+            config.site,
+            gossip,
+            lambda site: view.remote(site).answer,
+            host=_reachable(host),
+            backends=_backends(config, devices),
+            busy=lambda: service.busy,
+            enabled=config.probes,
+        )
         ledger = Ledger(config.site, view, inspector, nursery, publish_jobs)
         guard = None if cluster is None else Guard(cluster.authenticate)
         peer = Peer(
@@ -361,13 +376,15 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
             office = IdentityServicer(bridge, cluster, gossip, guard, advertise)
             secured = Secured(cluster, guard, office)
         mesh_servicer = MeshServicer(bridge, ledger, view, peer.status, peer.elsewhere, credentials=credentials)
-        server = serve(mesh_servicer, PeerServicer(bridge, service, gossip, secured), host, port, secured=secured)
+        peer_servicer = PeerServicer(bridge, service, gossip, measuring, secured)
+        server = serve(mesh_servicer, peer_servicer, host, port, secured=secured)
         try:
             nursery.start_soon(service.run)
+            nursery.start_soon(measuring.run)
             if cluster is not None:
                 cluster.leave_token(join_address(_local(host), port))
                 nursery.start_soon(cluster.run, gossip, view.remote)
-            nursery.start_soon(_watch_members, gossip, ledger)
+            nursery.start_soon(_watch_members, gossip, ledger, view)
             nursery.start_soon(_remember, gossip, data, config.site, gossip_config.cluster)
             if config.http is not None:
                 logger.info("HTTP at %s", await nursery.start(serve_http, build_app(peer), config.http))
@@ -461,9 +478,11 @@ def _address_of(gossip: Gossip, site: str) -> str:
     return next((member.address for member in gossip.members() if member.site == site), "")
 
 
-async def _watch_members(gossip: Gossip, ledger: Ledger) -> None:
+async def _watch_members(gossip: Gossip, ledger: Ledger, view: MeshView) -> None:
     with gossip.events() as events:
         async for event in events:
+            if (event.kind, event.key) == ("updated", LINKS):
+                view.told(event.site)
             if event.kind in ("dead", "left"):
                 for coordinator in ledger:
                     coordinator.site_left(event.site)

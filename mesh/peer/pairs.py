@@ -144,6 +144,8 @@ def _pair(
     reports = [report for report in (said.get((one, other)), said.get((other, one))) if report is not None]
     jitter_s = max(report.jitter_s for report in reports)
     loss = min(MAX_LOSS, max(report.loss for report in reports))
+    ages_s = [report.age_s for report in reports if report.age_s is not None]
+    age_s = min(ages_s) if measured and ages_s else None
     links = []
     for source, target in (pair, pair[::-1]):
         out, back = said.get((source, target)), said.get((target, source))
@@ -152,7 +154,22 @@ def _pair(
         bandwidth = USUAL_BANDWIDTH if rate is None else rate
         if not measured:  # an unproven link is not a fast one either
             bandwidth = min(bandwidth, UNMEASURED_BANDWIDTH)
-        links.append(Link(source, target, rtt_s, jitter_s, loss, bandwidth, measured, not cut))
+        links.append(
+            Link(
+                source,
+                target,
+                rtt_s,
+                jitter_s,
+                loss,
+                bandwidth,
+                measured,
+                reachable=not cut,
+                age_s=age_s,
+                bandwidth_measured=measured and rate is not None,
+                # Each end compares for itself. Who connects is the source, so its word comes first.
+                transport=next((each.transport for each in (out, back) if each and each.transport), ""),
+            )
+        )
     return links
 
 

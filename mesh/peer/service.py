@@ -7,7 +7,7 @@ or lost touch, the workers end after `LEASE_S`: no orphan lives on.
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
@@ -25,6 +25,9 @@ from topology.plan import device_of
 
 #: How long a job's workers outlive the last listener of its events. A recovery re-attaches within milliseconds.
 LEASE_S = 5.0
+
+#: A site whose workers took a step so lately computes.
+BUSY_S = 3.0
 
 Epoch = tuple[int, str]
 
@@ -52,6 +55,7 @@ class PeerService:
         on_load: Callable[[], None],
         inspector: Inspector,
         displace: Callable[[peer_pb2.DisplaceRequest], Awaitable[None]],
+        measure: Callable[[str, Sequence[str]], Awaitable[str]],
     ) -> None:
         self.site = site
         self._pool = pool
@@ -60,6 +64,10 @@ class PeerService:
         self._on_load = on_load
         self._inspector = inspector
         self._displace = displace
+        self._measure = measure
+        self._steps: dict[tuple[str, str], int] = {}
+        self._loading = 0
+        self._stepped_s = -math.inf
         self._lease_s = LEASE_S
         self._jobs: dict[str, Served] = {}
         self._ended = trio.Event()
@@ -70,6 +78,11 @@ class PeerService:
         for name, local in self._devices.items():
             free[name] = max(0, local.device.free_bytes - self._held_bytes(name))
         return free
+
+    @property
+    def busy(self) -> bool:
+        """Whether workers here load weights, or have taken a step within the last seconds."""
+        return self._loading > 0 or trio.current_time() - self._stepped_s < BUSY_S
 
     async def drain(self) -> None:
         """This peer leaves: take on nothing more, and wait until it is idle. The caller bounds the wait.
@@ -102,6 +115,7 @@ class PeerService:
         job.reserved_bytes[request.device] = assignment.memory_bytes
         self._loads_changed()
         own = replace(assignment, device=local.torch_device, threads=local.threads)
+        self._loading += 1
         try:
             if own.model.endswith(".gguf"):
                 own = replace(own, model=(await self._inspector(own.model)).path)
@@ -110,6 +124,8 @@ class PeerService:
             job.reserved_bytes.pop(request.device, None)
             self._loads_changed()
             raise
+        finally:
+            self._loading -= 1
 
     async def connect(self, request: peer_pb2.ConnectRequest) -> None:
         """Open the channels of one shard to its neighbours, each with the delay that this site emulates towards it."""
@@ -140,6 +156,10 @@ class PeerService:
         """End a job that this peer owns. Raises RequestError where its priority is not lower."""
         await self._displace(request)
 
+    async def measure(self, site: str, backends: Sequence[str]) -> str:
+        """Which of `backends` is best from here to `site`."""
+        return await self._measure(site, backends)
+
     async def ping(self, timeout_s: float) -> None:
         """This peer answers itself."""
         await trio.lowlevel.checkpoint()
@@ -169,11 +189,18 @@ class PeerService:
             job = self._jobs.get(event.job)
             if job is not None:
                 message = event.message
+                if message.HasField("alive"):
+                    self._note_steps((event.job, message.device), message.alive.steps)
                 if message.HasField("failure") and message.failure.fatal:
                     job.reserved_bytes.pop(message.device, None)
                     self._loads_changed()
                 for listener in list(job.listeners):
                     listener.send_nowait(message)
+
+    def _note_steps(self, worker: tuple[str, str], steps: int) -> None:
+        if steps != self._steps.get(worker, 0):
+            self._steps[worker] = steps
+            self._stepped_s = trio.current_time()
 
     async def _end_orphans(self) -> None:
         while True:
@@ -190,6 +217,7 @@ class PeerService:
         for device in [device for device in job.reserved_bytes if device not in keep]:
             await self._pool.release(name, device)
             job.reserved_bytes.pop(device, None)
+            self._steps.pop((name, device), None)
         if not job.reserved_bytes and not job.listeners:
             self._jobs.pop(name, None)
         self._loads_changed()

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 from mesh.errors import PeerUnreachable
 from mesh.gossip.distances import COORDINATES, LINKS, read_coordinate
-from mesh.gossip.links import read
+from mesh.gossip.links import LinkReport, read
 from mesh.jobs.peers import PeerCalls
 from mesh.peer.calls import RemotePeer
 from mesh.peer.pairs import links_between
@@ -37,6 +39,7 @@ class Gossip(Protocol):
 
     def members(self) -> Any: ...
     def entries(self, key: str) -> Mapping[str, Any]: ...
+    def links(self) -> Mapping[str, LinkReport]: ...
 
 
 def plain(site: str, address: str) -> RemotePeer:
@@ -48,12 +51,20 @@ class MeshView:
     """One peer's picture of the mesh. `local` are the calls of this peer itself, which need no network."""
 
     def __init__(
-        self, site: str, gossip: Gossip, local: PeerCalls, dial: Callable[[str, str], RemotePeer] = plain
+        self,
+        site: str,
+        gossip: Gossip,
+        local: PeerCalls,
+        dial: Callable[[str, str], RemotePeer] = plain,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.site = site
         self._gossip = gossip
         self._local = local
         self._dial = dial
+        self._clock = clock
+        self._told_s: dict[str, float] = {}
         self._peers: dict[str, RemotePeer] = {}
 
     def snapshot(self) -> Snapshot:
@@ -67,11 +78,26 @@ class MeshView:
                     sites.append(_site(name, entry, loads.get(name, {})))
                 except MALFORMED as error:
                     logger.warning("the capabilities that %s publishes are left out: %s", name, error)
-        reports = {site: read(entry) for site, entry in self._gossip.entries(LINKS).items()}
+        reports = {site: self._aged(site, read(entry)) for site, entry in self._gossip.entries(LINKS).items()}
         entries = self._gossip.entries(COORDINATES).items()
         coordinates = {site: at for site, entry in entries if (at := read_coordinate(entry)) is not None}
         names = [site.name for site in sites]
         return Snapshot(tuple(sites), links_between(names, self.site, reports, coordinates))
+
+    def told(self, site: str) -> None:
+        """A site has just told anew of its links."""
+        self._told_s[site] = self._clock()
+
+    def _aged(self, site: str, reports: Mapping[str, LinkReport]) -> dict[str, LinkReport]:
+        """What a site said of its links, as old as it is by now. What we measure ourselves we know to the moment."""
+        if site == self.site:
+            own = self._gossip.links()
+            return {to: replace(said, age_s=own[to].age_s) if to in own else said for to, said in reports.items()}
+        since_s = self._clock() - self._told_s.setdefault(site, self._clock())
+        return {
+            to: said if said.age_s is None else replace(said, age_s=said.age_s + since_s)
+            for to, said in reports.items()
+        }
 
     def running(self) -> Mapping[str, tuple[str, RunningJob]]:
         """The jobs that present peers tell of: owner and what it says of the job, by job id."""

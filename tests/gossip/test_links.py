@@ -1,14 +1,19 @@
 """What a site tells of its links: worth telling, bounded, believed only where it can be."""
 
+from dataclasses import replace
+from itertools import pairwise
+
 import msgpack
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mesh.gossip.links import (
+    BANDWIDTH_AGE_S,
     BUDGET_BYTES_S,
     BURST_BYTES,
     DEBT,
+    MAX_AGE_S,
     MAX_BANDWIDTH,
     MAX_RTT_S,
     NEAREST,
@@ -33,7 +38,7 @@ def report(min_s=0.1, median_s=0.1, jitter_s=0.001, loss=0.0, out=True, into=Tru
 def test_a_link_is_published_again_only_when_it_moved():
     links = Links("me")
     assert links.changed({}, 0.0) is None
-    assert links.changed({"a": report()}, FAR) == {"a": [100_000, 100_000, 1_000, 0, True, True, None]}
+    assert links.changed({"a": report()}, FAR) == {"a": [100_000, 100_000, 1_000, 0, True, True, None, None, None]}
     assert links.changed({"a": report(0.102, 0.11, 0.0012)}, 2 * FAR) is None
     assert links.changed({"a": report(0.12)}, 3 * FAR) is not None
     assert links.changed({"a": report(0.12, loss=0.5)}, 4 * FAR) is not None
@@ -105,7 +110,7 @@ json = st.recursive(
 )
 
 
-@given(json | st.dictionaries(st.text(max_size=3), st.lists(json, min_size=7, max_size=7), max_size=3))
+@given(json | st.dictionaries(st.text(max_size=3), st.lists(json, min_size=9, max_size=9), max_size=3))
 def test_whatever_is_published_is_within_bounds_when_read(document):
     for said in read(document).values():
         assert said.min_s is None or 0 <= said.min_s <= MAX_RTT_S
@@ -113,6 +118,8 @@ def test_whatever_is_published_is_within_bounds_when_read(document):
         assert 0 <= said.jitter_s <= MAX_RTT_S
         assert 0 <= said.loss <= 1
         assert said.bandwidth is None or 0 < said.bandwidth <= MAX_BANDWIDTH
+        assert said.age_s is None or 0 <= said.age_s <= MAX_AGE_S
+        assert said.transport in (None, "tcp", "ucx")
 
 
 def test_bandwidth_is_the_median_of_real_transfers():
@@ -138,6 +145,37 @@ def test_bandwidth_is_probed_rarely_and_where_nothing_was_sent():
     assert links.to_probe(1.0) is None
     links.transferred("b", 1 << 20, 1.0, 1.0)
     assert links.to_probe(PROBE_GAP_S + 2.0) is None
+    assert links.to_probe(BANDWIDTH_AGE_S + 2.0) == "a"
+
+
+@given(st.integers(1, 63), st.lists(st.booleans(), min_size=200, max_size=200))
+@settings(max_examples=30)
+def test_probes_of_a_mesh_cost_no_more_than_their_budget_and_one_that_fails_is_left_alone(sites, works):
+    links, probes = Links("me"), []
+    links.changed({f"s{n:02}": report() for n in range(sites)}, 0.0)
+    hours = 2 * round(BANDWIDTH_AGE_S)
+    for now in range(0, hours, 60):
+        site = links.to_probe(float(now))
+        if site is not None:
+            probes.append((now, site))
+            if works[len(probes) % len(works)]:
+                links.transferred(site, 1 << 20, 1.0, float(now))
+            else:
+                links.probe_failed(site, float(now))
+    assert {site for _, site in probes} == {f"s{n:02}" for n in range(sites)}
+    assert len(probes) <= sites + 16 * sites + hours / PROBE_GAP_S
+    for site in {site for _, site in probes}:
+        times = [now for now, at in probes if at == site]
+        assert all(later - earlier >= PROBE_GAP_S for earlier, later in pairwise(times))
+
+
+def test_a_transport_that_proved_best_is_told():
+    links = Links("me")
+    links.changed({"a": report()}, 0.0)
+    links.chose("a", "ucx")
+    assert links.bandwidth("a") is None
+    told = links.changed({"a": replace(report(), transport=links.transport("a"), age_s=3.4)}, FAR)
+    assert (read(told)["a"].transport, read(told)["a"].age_s) == ("ucx", 3.0)
 
 
 def test_a_measurement_without_an_answer_has_no_round_trip():

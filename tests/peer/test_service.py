@@ -62,6 +62,7 @@ async def serving():
         devices,
         delay_s=lambda site: 0.04,
         on_load=lambda: loads.append(1),
+        measure=None,
         inspector=inspect,
         displace=displace,
     )

@@ -30,6 +30,9 @@ class FakeGossip:
     def entries(self, key):
         return self._entries.get(key, {})
 
+    def links(self):
+        return {}
+
 
 def view(entries=None, states=None):
     return MeshView("a", FakeGossip(entries, states), local=object())
@@ -44,12 +47,36 @@ def test_present_sites_with_their_load_and_links_make_the_snapshot():
         {
             "capabilities": {"a": capabilities(), "b": capabilities()},
             "load": {"b": {"cpu0": 250}},
-            "links": {"a": {"b": [20_000, 21_000, 1_000, 0, True, True, None]}},
+            "links": {"a": {"b": [20_000, 21_000, 1_000, 0, True, True, None, 2, None]}},
         }
     ).snapshot()
     assert [site.name for site in snapshot.sites] == ["a", "b"]
     assert snapshot.sites[1].devices[0].free_bytes == 250
     assert snapshot.links[0].rtt_s == 0.02
+
+
+def test_what_another_said_ages_until_it_says_something_new():
+    now = 100.0
+    gossip = FakeGossip(
+        {
+            "capabilities": {"a": capabilities(), "b": capabilities(), "c": capabilities()},
+            "links": {
+                "b": {"c": [20_000, 21_000, 0, 0, True, True, 5e6, 2, "tcp"]},
+                "c": {"b": [20_000, 21_000, 0, 0, True, True, None, 7, None]},
+            },
+        },
+        dict.fromkeys("abc", "alive"),
+    )
+    seen = MeshView("a", gossip, local=object(), clock=lambda: now)
+
+    def link():
+        return {(each.source, each.target): each for each in seen.snapshot().links}["b", "c"]
+
+    assert (link().age_s, link().bandwidth, link().bandwidth_measured, link().transport) == (2.0, 5e6, True, "tcp")
+    now = 160.0
+    assert link().age_s == 62.0
+    seen.told("c")
+    assert link().age_s == 7.0
 
 
 @pytest.mark.parametrize("state", ["dead", "left"])
@@ -106,7 +133,7 @@ def test_a_site_that_nobody_knows_has_no_peer():
 
 
 def row(rtt_s):
-    return [round(1e6 * rtt_s), round(1e6 * rtt_s), 0, 0, True, True, None]
+    return [round(1e6 * rtt_s), round(1e6 * rtt_s), 0, 0, True, True, None, 2, None]
 
 
 def test_a_site_that_claims_to_be_next_to_everybody_attracts_no_job():

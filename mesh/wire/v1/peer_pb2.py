@@ -25,13 +25,15 @@ _sym_db = _symbol_database.Default()
 from mesh.wire.v1 import identity_pb2 as mesh_dot_wire_dot_v1_dot_identity__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17mesh/wire/v1/peer.proto\x12\x0cmesh.wire.v1\x1a\x1bmesh/wire/v1/identity.proto\"\'\n\x05\x45poch\x12\x0f\n\x07\x63ounter\x18\x01 \x01(\x04\x12\r\n\x05owner\x18\x02 \x01(\t\"\x06\n\x04\x44one\"\x1e\n\x0bKeysRequest\x12\x0f\n\x07version\x18\x01 \x01(\x04\"e\n\x0ePrepareRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.mesh.wire.v1.Epoch\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x12\n\nassignment\x18\x04 \x01(\x0c\"\xa9\x01\n\x0cPrepareEvent\x12\x14\n\x0cloaded_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12<\n\taddresses\x18\x03 \x03(\x0b\x32).mesh.wire.v1.PrepareEvent.AddressesEntry\x1a\x30\n\x0e\x41\x64\x64ressesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"\x92\x01\n\tNeighbour\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\x0c\x12\x0b\n\x03key\x18\x06 \x01(\x0c\x12\r\n\x05hello\x18\x07 \x01(\x0c\x12\x0c\n\x04seal\x18\x08 \x01(\x08\x12\x0f\n\x07\x64\x65lay_s\x18\t \x01(\x01\"~\n\x0e\x43onnectRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.mesh.wire.v1.Epoch\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12+\n\nneighbours\x18\x04 \x03(\x0b\x32\x17.mesh.wire.v1.Neighbour\"\xf1\x01\n\x0cStartRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.mesh.wire.v1.Epoch\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0f\n\x07request\x18\x04 \x01(\t\x12\x0e\n\x06tokens\x18\x05 \x03(\r\x12\x15\n\rprompt_tokens\x18\x06 \x01(\r\x12\x12\n\nmax_tokens\x18\x07 \x01(\r\x12\x13\n\x0btemperature\x18\x08 \x01(\x01\x12\r\n\x05top_p\x18\t \x01(\x01\x12\r\n\x05top_k\x18\n \x01(\r\x12\x0c\n\x04seed\x18\x0b \x01(\x04\x12\x13\n\x0bstop_tokens\x18\x0c \x03(\r\"_\n\x0bStopRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.mesh.wire.v1.Epoch\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0f\n\x07request\x18\x04 \x01(\t\"O\n\x0eReleaseRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.mesh.wire.v1.Epoch\x12\x0c\n\x04keep\x18\x03 \x03(\t\"<\n\x0f\x44isplaceRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\n\n\x02\x62y\x18\x02 \x01(\t\x12\x10\n\x08priority\x18\x03 \x01(\x05\"@\n\rEventsRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.mesh.wire.v1.Epoch\"\xcf\x01\n\x0bWorkerEvent\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.mesh.wire.v1.Epoch\x12)\n\x05token\x18\x03 \x01(\x0b\x32\x18.mesh.wire.v1.TokenEventH\x00\x12-\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x1a.mesh.wire.v1.FailureEventH\x00\x12)\n\x05\x61live\x18\x05 \x01(\x0b\x32\x18.mesh.wire.v1.AliveEventH\x00\x42\x07\n\x05\x65vent\"c\n\nTokenEvent\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05token\x18\x03 \x01(\r\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12\x0f\n\x07timings\x18\x05 \x01(\x0c\"@\n\x0c\x46\x61ilureEvent\x12\x11\n\tneighbour\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\r\n\x05\x66\x61tal\x18\x03 \x01(\x08\"\x1b\n\nAliveEvent\x12\r\n\x05steps\x18\x01 \x01(\x04\x32\xd9\x04\n\x04Peer\x12\x45\n\x07Prepare\x12\x1c.mesh.wire.v1.PrepareRequest\x1a\x1a.mesh.wire.v1.PrepareEvent0\x01\x12;\n\x07\x43onnect\x12\x1c.mesh.wire.v1.ConnectRequest\x1a\x12.mesh.wire.v1.Done\x12\x37\n\x05Start\x12\x1a.mesh.wire.v1.StartRequest\x1a\x12.mesh.wire.v1.Done\x12\x35\n\x04Stop\x12\x19.mesh.wire.v1.StopRequest\x1a\x12.mesh.wire.v1.Done\x12.\n\x04Ping\x12\x12.mesh.wire.v1.Done\x1a\x12.mesh.wire.v1.Done\x12;\n\x07Release\x12\x1c.mesh.wire.v1.ReleaseRequest\x1a\x12.mesh.wire.v1.Done\x12=\n\x08\x44isplace\x12\x1d.mesh.wire.v1.DisplaceRequest\x1a\x12.mesh.wire.v1.Done\x12\x42\n\x06\x45vents\x12\x1b.mesh.wire.v1.EventsRequest\x1a\x19.mesh.wire.v1.WorkerEvent0\x01\x12\x34\n\x06Gossip\x12\x14.mesh.wire.v1.Packet\x1a\x14.mesh.wire.v1.Packet\x12\x37\n\x04Keys\x12\x19.mesh.wire.v1.KeysRequest\x1a\x14.mesh.wire.v1.Packetb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17mesh/wire/v1/peer.proto\x12\x0cmesh.wire.v1\x1a\x1bmesh/wire/v1/identity.proto\"\'\n\x05\x45poch\x12\x0f\n\x07\x63ounter\x18\x01 \x01(\x04\x12\r\n\x05owner\x18\x02 \x01(\t\"\x06\n\x04\x44one\"\x1e\n\x0bKeysRequest\x12\x0f\n\x07version\x18\x01 \x01(\x04\".\n\rAnswerRequest\x12\x10\n\x08\x62\x61\x63kends\x18\x01 \x03(\t\x12\x0b\n\x03key\x18\x02 \x01(\x0c\"|\n\x0b\x41nswerReply\x12;\n\taddresses\x18\x01 \x03(\x0b\x32(.mesh.wire.v1.AnswerReply.AddressesEntry\x1a\x30\n\x0e\x41\x64\x64ressesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"0\n\x0eMeasureRequest\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x10\n\x08\x62\x61\x63kends\x18\x02 \x03(\t\"\x1f\n\x0cMeasureReply\x12\x0f\n\x07\x62\x61\x63kend\x18\x01 \x01(\t\"e\n\x0ePrepareRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.mesh.wire.v1.Epoch\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x12\n\nassignment\x18\x04 \x01(\x0c\"\xa9\x01\n\x0cPrepareEvent\x12\x14\n\x0cloaded_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12<\n\taddresses\x18\x03 \x03(\x0b\x32).mesh.wire.v1.PrepareEvent.AddressesEntry\x1a\x30\n\x0e\x41\x64\x64ressesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"\x92\x01\n\tNeighbour\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\x0c\x12\x0b\n\x03key\x18\x06 \x01(\x0c\x12\r\n\x05hello\x18\x07 \x01(\x0c\x12\x0c\n\x04seal\x18\x08 \x01(\x08\x12\x0f\n\x07\x64\x65lay_s\x18\t \x01(\x01\"~\n\x0e\x43onnectRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.mesh.wire.v1.Epoch\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12+\n\nneighbours\x18\x04 \x03(\x0b\x32\x17.mesh.wire.v1.Neighbour\"\xf1\x01\n\x0cStartRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.mesh.wire.v1.Epoch\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0f\n\x07request\x18\x04 \x01(\t\x12\x0e\n\x06tokens\x18\x05 \x03(\r\x12\x15\n\rprompt_tokens\x18\x06 \x01(\r\x12\x12\n\nmax_tokens\x18\x07 \x01(\r\x12\x13\n\x0btemperature\x18\x08 \x01(\x01\x12\r\n\x05top_p\x18\t \x01(\x01\x12\r\n\x05top_k\x18\n \x01(\r\x12\x0c\n\x04seed\x18\x0b \x01(\x04\x12\x13\n\x0bstop_tokens\x18\x0c \x03(\r\"_\n\x0bStopRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.mesh.wire.v1.Epoch\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0f\n\x07request\x18\x04 \x01(\t\"O\n\x0eReleaseRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.mesh.wire.v1.Epoch\x12\x0c\n\x04keep\x18\x03 \x03(\t\"<\n\x0f\x44isplaceRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\n\n\x02\x62y\x18\x02 \x01(\t\x12\x10\n\x08priority\x18\x03 \x01(\x05\"@\n\rEventsRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.mesh.wire.v1.Epoch\"\xcf\x01\n\x0bWorkerEvent\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.mesh.wire.v1.Epoch\x12)\n\x05token\x18\x03 \x01(\x0b\x32\x18.mesh.wire.v1.TokenEventH\x00\x12-\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x1a.mesh.wire.v1.FailureEventH\x00\x12)\n\x05\x61live\x18\x05 \x01(\x0b\x32\x18.mesh.wire.v1.AliveEventH\x00\x42\x07\n\x05\x65vent\"c\n\nTokenEvent\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05token\x18\x03 \x01(\r\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12\x0f\n\x07timings\x18\x05 \x01(\x0c\"@\n\x0c\x46\x61ilureEvent\x12\x11\n\tneighbour\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\r\n\x05\x66\x61tal\x18\x03 \x01(\x08\"\x1b\n\nAliveEvent\x12\r\n\x05steps\x18\x01 \x01(\x04\x32\xe0\x05\n\x04Peer\x12\x45\n\x07Prepare\x12\x1c.mesh.wire.v1.PrepareRequest\x1a\x1a.mesh.wire.v1.PrepareEvent0\x01\x12;\n\x07\x43onnect\x12\x1c.mesh.wire.v1.ConnectRequest\x1a\x12.mesh.wire.v1.Done\x12\x37\n\x05Start\x12\x1a.mesh.wire.v1.StartRequest\x1a\x12.mesh.wire.v1.Done\x12\x35\n\x04Stop\x12\x19.mesh.wire.v1.StopRequest\x1a\x12.mesh.wire.v1.Done\x12.\n\x04Ping\x12\x12.mesh.wire.v1.Done\x1a\x12.mesh.wire.v1.Done\x12;\n\x07Release\x12\x1c.mesh.wire.v1.ReleaseRequest\x1a\x12.mesh.wire.v1.Done\x12=\n\x08\x44isplace\x12\x1d.mesh.wire.v1.DisplaceRequest\x1a\x12.mesh.wire.v1.Done\x12\x42\n\x06\x45vents\x12\x1b.mesh.wire.v1.EventsRequest\x1a\x19.mesh.wire.v1.WorkerEvent0\x01\x12\x34\n\x06Gossip\x12\x14.mesh.wire.v1.Packet\x1a\x14.mesh.wire.v1.Packet\x12\x37\n\x04Keys\x12\x19.mesh.wire.v1.KeysRequest\x1a\x14.mesh.wire.v1.Packet\x12@\n\x06\x41nswer\x12\x1b.mesh.wire.v1.AnswerRequest\x1a\x19.mesh.wire.v1.AnswerReply\x12\x43\n\x07Measure\x12\x1c.mesh.wire.v1.MeasureRequest\x1a\x1a.mesh.wire.v1.MeasureReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'mesh.wire.v1.peer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_ANSWERREPLY_ADDRESSESENTRY']._loaded_options = None
+  _globals['_ANSWERREPLY_ADDRESSESENTRY']._serialized_options = b'8\001'
   _globals['_PREPAREEVENT_ADDRESSESENTRY']._loaded_options = None
   _globals['_PREPAREEVENT_ADDRESSESENTRY']._serialized_options = b'8\001'
   _globals['_EPOCH']._serialized_start=70
@@ -40,34 +42,44 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DONE']._serialized_end=117
   _globals['_KEYSREQUEST']._serialized_start=119
   _globals['_KEYSREQUEST']._serialized_end=149
-  _globals['_PREPAREREQUEST']._serialized_start=151
-  _globals['_PREPAREREQUEST']._serialized_end=252
-  _globals['_PREPAREEVENT']._serialized_start=255
-  _globals['_PREPAREEVENT']._serialized_end=424
-  _globals['_PREPAREEVENT_ADDRESSESENTRY']._serialized_start=376
-  _globals['_PREPAREEVENT_ADDRESSESENTRY']._serialized_end=424
-  _globals['_NEIGHBOUR']._serialized_start=427
-  _globals['_NEIGHBOUR']._serialized_end=573
-  _globals['_CONNECTREQUEST']._serialized_start=575
-  _globals['_CONNECTREQUEST']._serialized_end=701
-  _globals['_STARTREQUEST']._serialized_start=704
-  _globals['_STARTREQUEST']._serialized_end=945
-  _globals['_STOPREQUEST']._serialized_start=947
-  _globals['_STOPREQUEST']._serialized_end=1042
-  _globals['_RELEASEREQUEST']._serialized_start=1044
-  _globals['_RELEASEREQUEST']._serialized_end=1123
-  _globals['_DISPLACEREQUEST']._serialized_start=1125
-  _globals['_DISPLACEREQUEST']._serialized_end=1185
-  _globals['_EVENTSREQUEST']._serialized_start=1187
-  _globals['_EVENTSREQUEST']._serialized_end=1251
-  _globals['_WORKEREVENT']._serialized_start=1254
-  _globals['_WORKEREVENT']._serialized_end=1461
-  _globals['_TOKENEVENT']._serialized_start=1463
-  _globals['_TOKENEVENT']._serialized_end=1562
-  _globals['_FAILUREEVENT']._serialized_start=1564
-  _globals['_FAILUREEVENT']._serialized_end=1628
-  _globals['_ALIVEEVENT']._serialized_start=1630
-  _globals['_ALIVEEVENT']._serialized_end=1657
-  _globals['_PEER']._serialized_start=1660
-  _globals['_PEER']._serialized_end=2261
+  _globals['_ANSWERREQUEST']._serialized_start=151
+  _globals['_ANSWERREQUEST']._serialized_end=197
+  _globals['_ANSWERREPLY']._serialized_start=199
+  _globals['_ANSWERREPLY']._serialized_end=323
+  _globals['_ANSWERREPLY_ADDRESSESENTRY']._serialized_start=275
+  _globals['_ANSWERREPLY_ADDRESSESENTRY']._serialized_end=323
+  _globals['_MEASUREREQUEST']._serialized_start=325
+  _globals['_MEASUREREQUEST']._serialized_end=373
+  _globals['_MEASUREREPLY']._serialized_start=375
+  _globals['_MEASUREREPLY']._serialized_end=406
+  _globals['_PREPAREREQUEST']._serialized_start=408
+  _globals['_PREPAREREQUEST']._serialized_end=509
+  _globals['_PREPAREEVENT']._serialized_start=512
+  _globals['_PREPAREEVENT']._serialized_end=681
+  _globals['_PREPAREEVENT_ADDRESSESENTRY']._serialized_start=275
+  _globals['_PREPAREEVENT_ADDRESSESENTRY']._serialized_end=323
+  _globals['_NEIGHBOUR']._serialized_start=684
+  _globals['_NEIGHBOUR']._serialized_end=830
+  _globals['_CONNECTREQUEST']._serialized_start=832
+  _globals['_CONNECTREQUEST']._serialized_end=958
+  _globals['_STARTREQUEST']._serialized_start=961
+  _globals['_STARTREQUEST']._serialized_end=1202
+  _globals['_STOPREQUEST']._serialized_start=1204
+  _globals['_STOPREQUEST']._serialized_end=1299
+  _globals['_RELEASEREQUEST']._serialized_start=1301
+  _globals['_RELEASEREQUEST']._serialized_end=1380
+  _globals['_DISPLACEREQUEST']._serialized_start=1382
+  _globals['_DISPLACEREQUEST']._serialized_end=1442
+  _globals['_EVENTSREQUEST']._serialized_start=1444
+  _globals['_EVENTSREQUEST']._serialized_end=1508
+  _globals['_WORKEREVENT']._serialized_start=1511
+  _globals['_WORKEREVENT']._serialized_end=1718
+  _globals['_TOKENEVENT']._serialized_start=1720
+  _globals['_TOKENEVENT']._serialized_end=1819
+  _globals['_FAILUREEVENT']._serialized_start=1821
+  _globals['_FAILUREEVENT']._serialized_end=1885
+  _globals['_ALIVEEVENT']._serialized_start=1887
+  _globals['_ALIVEEVENT']._serialized_end=1914
+  _globals['_PEER']._serialized_start=1917
+  _globals['_PEER']._serialized_end=2653
 # @@protoc_insertion_point(module_scope)

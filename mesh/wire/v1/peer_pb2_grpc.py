@@ -85,6 +85,16 @@ class PeerStub:
                 request_serializer=mesh_dot_wire_dot_v1_dot_peer__pb2.KeysRequest.SerializeToString,
                 response_deserializer=mesh_dot_wire_dot_v1_dot_identity__pb2.Packet.FromString,
                 _registered_method=True)
+        self.Answer = channel.unary_unary(
+                '/mesh.wire.v1.Peer/Answer',
+                request_serializer=mesh_dot_wire_dot_v1_dot_peer__pb2.AnswerRequest.SerializeToString,
+                response_deserializer=mesh_dot_wire_dot_v1_dot_peer__pb2.AnswerReply.FromString,
+                _registered_method=True)
+        self.Measure = channel.unary_unary(
+                '/mesh.wire.v1.Peer/Measure',
+                request_serializer=mesh_dot_wire_dot_v1_dot_peer__pb2.MeasureRequest.SerializeToString,
+                response_deserializer=mesh_dot_wire_dot_v1_dot_peer__pb2.MeasureReply.FromString,
+                _registered_method=True)
 
 
 class PeerServicer:
@@ -161,6 +171,20 @@ class PeerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Answer(self, request, context):
+        """begin to answer one measurement of the link to this peer
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Measure(self, request, context):
+        """which transport the link from this peer to another one is best at
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PeerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -213,6 +237,16 @@ def add_PeerServicer_to_server(servicer, server):
                     servicer.Keys,
                     request_deserializer=mesh_dot_wire_dot_v1_dot_peer__pb2.KeysRequest.FromString,
                     response_serializer=mesh_dot_wire_dot_v1_dot_identity__pb2.Packet.SerializeToString,
+            ),
+            'Answer': grpc.unary_unary_rpc_method_handler(
+                    servicer.Answer,
+                    request_deserializer=mesh_dot_wire_dot_v1_dot_peer__pb2.AnswerRequest.FromString,
+                    response_serializer=mesh_dot_wire_dot_v1_dot_peer__pb2.AnswerReply.SerializeToString,
+            ),
+            'Measure': grpc.unary_unary_rpc_method_handler(
+                    servicer.Measure,
+                    request_deserializer=mesh_dot_wire_dot_v1_dot_peer__pb2.MeasureRequest.FromString,
+                    response_serializer=mesh_dot_wire_dot_v1_dot_peer__pb2.MeasureReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -485,6 +519,60 @@ class Peer:
             '/mesh.wire.v1.Peer/Keys',
             mesh_dot_wire_dot_v1_dot_peer__pb2.KeysRequest.SerializeToString,
             mesh_dot_wire_dot_v1_dot_identity__pb2.Packet.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Answer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.wire.v1.Peer/Answer',
+            mesh_dot_wire_dot_v1_dot_peer__pb2.AnswerRequest.SerializeToString,
+            mesh_dot_wire_dot_v1_dot_peer__pb2.AnswerReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Measure(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.wire.v1.Peer/Measure',
+            mesh_dot_wire_dot_v1_dot_peer__pb2.MeasureRequest.SerializeToString,
+            mesh_dot_wire_dot_v1_dot_peer__pb2.MeasureReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -54,6 +54,10 @@ class PeerStub:
     """gossip's reliable path: a second way to probe, and large exchanges"""
     Keys: _grpc.UnaryUnaryMultiCallable[_peer_pb2.KeysRequest, _identity_pb2.Packet]
     """the gossip keys, for a member that learnt of newer ones"""
+    Answer: _grpc.UnaryUnaryMultiCallable[_peer_pb2.AnswerRequest, _peer_pb2.AnswerReply]
+    """begin to answer one measurement of the link to this peer"""
+    Measure: _grpc.UnaryUnaryMultiCallable[_peer_pb2.MeasureRequest, _peer_pb2.MeasureReply]
+    """which transport the link from this peer to another one is best at"""
 
 @_typing.type_check_only
 class PeerAsyncStub(PeerStub):
@@ -80,6 +84,10 @@ class PeerAsyncStub(PeerStub):
     """gossip's reliable path: a second way to probe, and large exchanges"""
     Keys: _aio.UnaryUnaryMultiCallable[_peer_pb2.KeysRequest, _identity_pb2.Packet]  # type: ignore[assignment]
     """the gossip keys, for a member that learnt of newer ones"""
+    Answer: _aio.UnaryUnaryMultiCallable[_peer_pb2.AnswerRequest, _peer_pb2.AnswerReply]  # type: ignore[assignment]
+    """begin to answer one measurement of the link to this peer"""
+    Measure: _aio.UnaryUnaryMultiCallable[_peer_pb2.MeasureRequest, _peer_pb2.MeasureReply]  # type: ignore[assignment]
+    """which transport the link from this peer to another one is best at"""
 
 class PeerServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -163,5 +171,21 @@ class PeerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_identity_pb2.Packet, _abc.Awaitable[_identity_pb2.Packet]]:
         """the gossip keys, for a member that learnt of newer ones"""
+
+    @_abc_1.abstractmethod
+    def Answer(
+        self,
+        request: _peer_pb2.AnswerRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_peer_pb2.AnswerReply, _abc.Awaitable[_peer_pb2.AnswerReply]]:
+        """begin to answer one measurement of the link to this peer"""
+
+    @_abc_1.abstractmethod
+    def Measure(
+        self,
+        request: _peer_pb2.MeasureRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_peer_pb2.MeasureReply, _abc.Awaitable[_peer_pb2.MeasureReply]]:
+        """which transport the link from this peer to another one is best at"""
 
 def add_PeerServicer_to_server(servicer: PeerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
