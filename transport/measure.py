@@ -129,7 +129,7 @@ def measure(addresses: Mapping[str, bytes], key: bytes, limit_s: float) -> dict[
 
 def over(channel: Channel, deadline: float) -> dict[str, float]:
     """One measurement over an open channel: `rtt_s` (median), and `bytes` and `seconds` of the burst."""
-    rtts = []
+    rtts: list[float] = []
     begun = time.monotonic()
     while len(rtts) < PINGS and (not rtts or time.monotonic() - begun < PINGS_S):
         sent = time.monotonic()
