@@ -96,14 +96,18 @@ class Reach:
 
 @dataclass(slots=True)
 class Probe:
-    """One running check of a peer: direct ping first, then through helpers and over a stream."""
+    """One running check of a peer: direct ping first, then through helpers and over a stream.
+
+    `nacked`: helpers that did not reach it either, our witnesses. `again`: more helpers were asked, because the first
+    said nothing at all.
+    """
 
     site: str
     started_s: float = 0.0
     timer: Timer | None = None
     helpers: list[str] = field(default_factory=list)
     nacked: set[str] = field(default_factory=set)
-    direct: bool = False
+    again: bool = False
 
 
 @dataclass(slots=True)

@@ -3,6 +3,10 @@
 Every tick one member is pinged. Silence beyond the direct timeout of that pair brings in three helpers, a second direct
 ping, and a ping over a stream where there are streams. A direct path that does not answer while another does is only a
 broken path (`Reach`), which is tried again with back-off; the peer lives.
+
+Helpers that are well say so even when the target is silent to them too; then they are witnesses. Where none of them
+says anything, six others are asked, and if they are as silent the probe has failed without a witness: then the fault is
+most likely ours.
 """
 
 from __future__ import annotations
@@ -49,12 +53,12 @@ class Prober:
         own: Own,
         *,
         alive: Callable[[Peer, float], None],
-        silent: Callable[[Peer, float], None],
+        silent: Callable[[Peer, bool, float], None],
         answered: Callable[[Waiting, Sender, float], None],
         reaches: Callable[[str, str], bool | None],
         estimate_s: Callable[[str], float | None],
     ) -> None:
-        """`alive(peer, now)`: there is evidence of its life. `silent(peer, now)`: a whole probe found none.
+        """`alive(peer, now)`: there is evidence of its life. `silent(peer, witnessed, now)`: a whole probe found none.
 
         `answered` follows answers to pings with a purpose of their own. `reaches(helper, target)`: whether the helper
         says that it reaches the target, None where it does not say. `estimate_s(site)`: a guess of an unmeasured RTT.
@@ -220,11 +224,12 @@ class Prober:
         peer.probe = None
 
     def _ask_helpers(self, peer: Peer, probe: Probe, now: float) -> None:
+        """Bring in helpers: three, and where those are `again` needed, twice as many."""
         own, t = self._own, self._own.t
         peer.rtt.lost()
         peer.reach.missed(now)
         wait_s = budget_s = self.patience_s(peer)
-        for helper in self._helpers(peer):
+        for helper in self._helpers(peer, probe):
             if not t.fixed:  # what the helper needs to the target is at most both of our paths together
                 quick_s = self._quick_s(helper)
                 budget_s = self.patience_s(peer) + quick_s
@@ -241,13 +246,15 @@ class Prober:
             self.ping(peer.address, peer.site, now, "probe", probe=probe)
         probe.timer = own.timers.at(now + wait_s, lambda then: self._failed(peer, probe, then), patient=True)
 
-    def _helpers(self, peer: Peer) -> list[Peer]:
+    def _helpers(self, peer: Peer, probe: Probe) -> list[Peer]:
         """Who is most likely to reach `peer`: those that did, those that say they can, and always one drawn anew."""
         own = self._own
         wanted = own.t.helpers
         if own.t.fixed:
             return own.roster.draw(own.rng, wanted, peer.site)
         drawn = own.roster.draw(own.rng, 3 * wanted, peer.site)
+        if probe.again:  # the others first
+            return sorted(drawn, key=lambda other: other.site in probe.helpers)[: 2 * wanted]
         chosen = [own.roster.peers[site] for site in peer.guides if own.roster.is_alive(site)][: max(0, wanted - 1)]
         rank = {True: 0, None: 1, False: 2}
         rest = [other for other in drawn if other not in chosen]
@@ -272,6 +279,10 @@ class Prober:
     def _failed(self, peer: Peer, probe: Probe, now: float) -> None:
         if peer.probe is not probe:
             return
+        if not (self._own.t.fixed or probe.again or probe.nacked) and probe.helpers:
+            probe.again = True
+            self._ask_helpers(peer, probe, now)
+            return
         self.drop(peer)
         if not self._own.t.fixed:
             peer.reach.missed(now)
@@ -284,7 +295,9 @@ class Prober:
         elif 2 * len(mute) > len(probe.helpers):
             # One point, not one for each as in Lifeguard: a helper may be slow itself.
             self._own.unwell(1)
-        self._silent(peer, now)
+        # Of two sites neither has anybody who could bear witness.
+        witnessed = self._own.t.fixed or bool(probe.nacked) or len(self._own.roster.live()) == 1
+        self._silent(peer, witnessed, now)
 
     def _recheck(self, peer: Peer, now: float, delay_s: float) -> None:
         """The peer lives but does not answer directly: ping it with back-off, to know the state of the path."""

@@ -15,8 +15,8 @@ from mesh.gossip.own import Own
 from mesh.gossip.probing import Prober
 from mesh.gossip.suspicion import Suspicion
 
-#: With clouded sight nobody is condemned before this silence, unless so many others have condemned it. The second holds
-#: where nobody at all was heard for a third of it: then we are deaf for a while, or really alone.
+#: With clouded sight, or without a witness, nobody is condemned before this silence, unless so many others have
+#: condemned it. The second holds where nobody at all was heard for a third of it: then we are deaf, or really alone.
 CLOUDED_S = 60.0
 ALONE_S = 30.0
 CLOUDED_VERDICTS = 3
@@ -37,8 +37,8 @@ class Suspects:
         self._prober = prober
         self._condemn = condemn
 
-    def suspect(self, peer: Peer, accuser: str, now: float) -> None:
-        """A peer has become a suspect: set its time, and look for ourselves."""
+    def suspect(self, peer: Peer, accuser: str, now: float, *, said: bool) -> None:
+        """A peer has become a suspect: set its time, and look for ourselves. `said`: we accuse it in public."""
         own, t = self._own, self._own.t
         others = len(own.roster.live()) - 1  # that could confirm
         if t.fixed:
@@ -53,6 +53,7 @@ class Suspects:
             lone_s = least_s * (1 + t.suspicion_spread) / 2
         most_s = least_s * t.suspicion_spread
         peer.suspicion = Suspicion(now, accuser=accuser, wanted=wanted, min_s=least_s, max_s=most_s, lone_s=lone_s)
+        peer.suspicion.said = said
         self._set_timer(peer, peer.suspicion, now)
         if t.fixed:
             return
@@ -80,12 +81,16 @@ class Suspects:
             gap_s = max(own.t.buddy_s, (now - suspicion.started_s) / 8)
             peer.chore = own.timers.at(now + gap_s, lambda then: self._buddy(peer, then))
 
-    def confirm(self, peer: Peer, accuser: str, now: float) -> None:
-        """Another accuses a suspect: its time grows shorter."""
+    def confirm(self, peer: Peer, accuser: str, now: float, *, aloud: bool = True) -> None:
+        """Another accuses a suspect, or we do: its time grows shorter. `aloud`: pass it on, once."""
         suspicion = peer.suspicion
-        if suspicion is not None and suspicion.confirm(accuser):
-            if accuser != self._own.site or not self._own.clouded:
-                self._own.tell(peer.claim(accuser))
+        if suspicion is None:
+            return
+        ours, news = accuser == self._own.site, suspicion.confirm(accuser)
+        if aloud and (news or (ours and not suspicion.said and accuser in suspicion.accusers)):
+            suspicion.said |= ours
+            self._own.tell(peer.claim(accuser))
+        if news:
             self._set_timer(peer, suspicion, now)
 
     def _set_timer(self, peer: Peer, suspicion: Suspicion, now: float) -> None:
@@ -109,7 +114,8 @@ class Suspects:
 
     def _doubtful(self, peer: Peer, suspicion: Suspicion, now: float) -> bool:
         """Whether the silence may be our own fault."""
-        if not self._own.clouded or len(self._own.roster.live()) < CLOUDED_LEAST:
+        clear = suspicion.witnessed and not self._own.clouded
+        if clear or len(self._own.roster.live()) < CLOUDED_LEAST:
             return False
         silent_s = now - max(peer.alive_s, suspicion.started_s)
         patient_s = ALONE_S if now - self._own.heard_s > ALONE_S / 3 else CLOUDED_S

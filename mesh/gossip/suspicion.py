@@ -19,7 +19,8 @@ class Suspicion:
         """`wanted`: confirmations that bring the wait down to `min_s`; where it is 0, it is `lone_s`. Seconds."""
         self.started_s = now
         self.timer: Timer | None = None
-        self.checked = False
+        #: A probe of our own has failed; a helper has seen the same; we have told others.
+        self.checked = self.witnessed = self.said = False
         self.verdicts: set[str] = set()
         self._accusers = {accuser}
         self._wanted = wanted

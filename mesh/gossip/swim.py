@@ -255,8 +255,8 @@ class Swim:
     def _alive(self, peer: Peer, now: float) -> None:
         self._verdicts.alive(peer, now)
 
-    def _silent(self, peer: Peer, now: float) -> None:
-        self._verdicts.silent(peer, now)
+    def _silent(self, peer: Peer, witnessed: bool, now: float) -> None:
+        self._verdicts.silent(peer, witnessed, now)
 
     def _condemn(self, peer: Peer, now: float) -> None:
         self._verdicts.condemn(peer, now)

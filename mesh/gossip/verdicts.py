@@ -4,7 +4,12 @@ A claim wins by (incarnation, state); see `Claim.beats`. What a site says of its
 proven. What others say of it is not: SUSPECT and DEAD are *accusations*. Who hears one checks for itself, counts the
 accusers, and condemns only when the time is up, its own probe has failed, and its own sight is clear. A sign of life,
 direct or through a helper, acquits. So one member cannot kill another at a third, whatever it says and as often as it
-says so, and a site that loses most of its packets does not pull the healthy ones down with it.
+says so.
+
+Who accuses needs a witness: a helper that did not reach the target either and said so. A site that is deaf or loses
+most of its packets has none, because whoever it could ask reaches the target. It keeps its suspicions to itself, and
+does not make the healthy ones look at each other (Rapid, Suresh et al., section 2, shows what becomes of a mesh in
+which it does).
 
 The accused is told, so that it can refute by raising its incarnation, at most once in `REFUTE_GAP_S`.
 """
@@ -92,8 +97,10 @@ class Verdicts:
         self._change(peer, claim, now)
 
     def condemn(self, peer: Peer, now: float) -> None:
-        """We are sure that a peer is dead."""
-        self._change(peer, peer.claim(self._own.site)._replace(state=DEAD), now)
+        """We are sure that a peer is dead. Who has no witness for it keeps it to itself."""
+        own, suspicion = self._own, peer.suspicion
+        aloud = own.t.fixed or suspicion is None or (suspicion.witnessed and not own.clouded)
+        self._change(peer, peer.claim(own.site)._replace(state=DEAD), now, aloud=aloud)
 
     # ---------------------------------------------------------------- said of us
 
@@ -184,7 +191,7 @@ class Verdicts:
 
     # ---------------------------------------------------------------- changes of state
 
-    def _change(self, peer: Peer, claim: Claim, now: float) -> None:
+    def _change(self, peer: Peer, claim: Claim, now: float, *, aloud: bool = True) -> None:
         own, before = self._own, peer.state
         moved = peer.address != claim.address
         if moved:
@@ -197,7 +204,7 @@ class Verdicts:
         if renewed or (before in (DEAD, LEFT)) != (claim.state in (DEAD, LEFT)):
             own.touched(peer.site)
         self._settle(peer)
-        if claim.state != SUSPECT or claim.accuser != own.site or not own.clouded:
+        if aloud:
             own.tell(peer.claim(claim.accuser))
         if claim.state in (ALIVE, SUSPECT) and before in (DEAD, LEFT):
             if before == DEAD and now - peer.died_s < RETURN_S:
@@ -207,7 +214,7 @@ class Verdicts:
             if before == SUSPECT:
                 own.emit("refuted", peer.site)
         elif claim.state == SUSPECT:
-            self._suspects.suspect(peer, claim.accuser, now)
+            self._suspects.suspect(peer, claim.accuser, now, said=aloud and claim.accuser == own.site)
             if before != SUSPECT:
                 own.emit("suspect", peer.site)
         else:
@@ -262,11 +269,16 @@ class Verdicts:
         self._settle(peer)
         self._own.emit("refuted", peer.site)
 
-    def silent(self, peer: Peer, now: float) -> None:
-        """A whole probe of ours, helpers and all, found no sign of a peer's life."""
+    def silent(self, peer: Peer, witnessed: bool, now: float) -> None:
+        """A whole probe of ours, helpers and all, found no sign of a peer's life.
+
+        Without a witness we keep it to ourselves: a deaf site would else accuse the whole mesh.
+        """
         own = self._own
+        aloud = witnessed and not own.clouded
         if peer.state == ALIVE and now >= peer.spared_s:
-            self._change(peer, peer.claim(own.site)._replace(state=SUSPECT), now)
+            self._change(peer, peer.claim(own.site)._replace(state=SUSPECT), now, aloud=aloud)
         if peer.state == SUSPECT and peer.suspicion is not None:
             peer.suspicion.checked = True
-            self._suspects.confirm(peer, own.site, now)
+            peer.suspicion.witnessed |= witnessed
+            self._suspects.confirm(peer, own.site, now, aloud=aloud)

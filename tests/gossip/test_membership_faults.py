@@ -94,6 +94,29 @@ def test_healthy_sites_never_die_of_a_bad_one(fault):
     assert not deaths(net, but=tuple(struck.bad))
 
 
+@pytest.mark.parametrize("fault", ["loss:2:0.8", "flap-ingress:2:10:10"])
+def test_healthy_sites_do_not_even_suspect_each_other_because_of_bad_ones(fault):
+    net = mesh(20, 4)
+    struck = strike(net, parse_fault(fault), sorted(net.nodes), random.Random(4))
+    net.run_for(40.0)
+    assert not [
+        (node.site, event.site)
+        for node in net.nodes.values()
+        for _, event in node.events
+        if event.kind == "suspect" and node.site not in struck.bad and event.site not in struck.bad
+    ]
+
+
+@pytest.mark.parametrize("fault", ["loss:1:0.8", "slow:1:5", "flap-ingress:1:20:20"])
+def test_a_bad_one_of_three_does_not_part_the_other_two(fault):
+    net = mesh(3, 5, loss=0.02)
+    struck = strike(net, parse_fault(fault), sorted(net.nodes), random.Random(5))
+    net.run_for(300.0)
+    assert not deaths(net, but=tuple(struck.bad))
+    one, other = [site for site in net.nodes if site not in struck.bad]
+    assert net.nodes[one].states()[other] == net.nodes[other].states()[one] == "alive"
+
+
 def test_a_bad_site_does_not_go_back_and_forth_for_ever():
     net = mesh(7, 2)
     net.impair("s03", loss=0.8)

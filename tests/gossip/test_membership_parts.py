@@ -73,6 +73,65 @@ def test_a_helper_passes_on_what_it_hears():
     assert not bench.to("a", Nack)
 
 
+def accused(bench: Bench) -> set[str]:
+    """Whom it accuses in what it passes on."""
+    told = b"".join(bench.swim.rumours.take(100_000))
+    return {site for site in bench.swim.peers if pack_message(Rumour(bench.swim.peers[site].claim("me"))) in told}
+
+
+def until_suspect(bench: Bench) -> None:
+    while not any(kind == "suspect" for kind, _ in bench.events):
+        bench.run(0.01)
+
+
+def test_who_has_no_witness_asks_others_and_then_accuses_nobody():
+    bench = Bench(*"abcdefghijkl")
+    bench.swim.rumours.take(100_000)
+    until_suspect(bench)  # nobody answers anything
+    first = bench.events[-1][1]
+    asked = [address for address, message in bench.sent if type(message) is PingRequest and message.target == first]
+    assert len(set(asked)) == len(asked) == 3 + 6
+    bench.run(20.0)
+    assert not accused(bench)
+
+
+def test_who_has_a_witness_accuses():
+    bench = Bench(*"abcdefghijkl")
+    bench.swim.rumours.take(100_000)
+    while not any(kind == "suspect" for kind, _ in bench.events):
+        bench.run(0.01)
+        for address, message in bench.sent:
+            if type(message) is PingRequest:
+                helper = address.partition(":")[0]
+                bench.swim.nack(Sender(helper, address, 1, False, bytes(8)), Nack(message.seq))
+    assert accused(bench) == {site for kind, site in bench.events if kind == "suspect"}
+    first = bench.events[-1][1]
+    assert len([1 for _, message in bench.sent if type(message) is PingRequest and message.target == first]) == 3
+
+
+def test_a_suspicion_is_said_as_soon_as_there_is_a_witness():
+    bench = Bench(*"abcdef")
+    bench.swim.rumours.take(100_000)
+    until_suspect(bench)
+    suspect = bench.events[-1][1]
+    assert not accused(bench)
+    for _ in range(1000):
+        bench.run(0.01)
+        sent, bench.sent = bench.sent, []
+        for address, message in sent:
+            if address != f"{suspect}:1" and isinstance(message, Ping | PingRequest):
+                site = address.partition(":")[0]
+                bench.hear(site)
+                sender = Sender(site, address, 1, False, bytes(8))
+                if message.target == suspect:
+                    bench.swim.nack(sender, Nack(message.seq))
+                else:
+                    bench.swim.ack(sender, Ack(message.seq), bench.now)
+        if accused(bench):
+            break
+    assert accused(bench) == {suspect}
+
+
 def test_a_helper_cannot_be_made_to_flood_a_target():
     bench = Bench("a")
     for number in range(1000):
