@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 
+from mesh.address import DEFAULT_ADDRESS, split_address
 from mesh.errors import ConfigError
-
-#: Where `mesh up` listens when it is told nothing.
-DEFAULT_ADDRESS = "127.0.0.1:7700"
-
-_ADDRESS = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[^\s:/\[\]]+):(?P<port>\d{1,5})")
 
 
 def resolve(address: str | None) -> str:
@@ -22,7 +17,10 @@ def resolve(address: str | None) -> str:
 
 def checked(address: str, key: str) -> str:
     """`address` itself if it is `HOST:PORT` (IPv6 in brackets), else ConfigError naming `key`."""
-    match = _ADDRESS.fullmatch(address)
-    if match is None or not 0 < int(match["port"]) < 65536:
+    try:
+        port = split_address(address)[1]
+    except ValueError:
+        port = 0
+    if port == 0:
         raise ConfigError(f"{key}: {address!r} is not HOST:PORT, as in {DEFAULT_ADDRESS}")
     return address

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, MutableSequence, Sequen
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+from mesh.address import split_address
 from mesh.errors import ConfigError
 
 T = TypeVar("T")
@@ -105,23 +106,6 @@ def spread(members: int) -> float:
     return max(1.0, math.log10(max(1, members)))
 
 
-def split_address(address: str) -> tuple[str, int]:
-    """ "host:port" or "[v6]:port" as (host, port). Raises ValueError for anything else."""
-    host, colon, port = address.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        raise ValueError(f"address {address!r}: write an IPv6 host in brackets, like [::1]:7700")
-    if not colon or not host or not port.isascii() or not port.isdigit() or len(port) > 5 or int(port) > 65535:
-        raise ValueError(f"address {address!r} is not host:port, like 10.0.0.1:7700")
-    return host, int(port)
-
-
-def join_address(host: str, port: int) -> str:
-    """The inverse of `split_address`."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
 def valid_name(name: object, limit_bytes: int = MAX_NAME_BYTES) -> bool:
     """Whether `name` can be a site or a key: 1 to `limit_bytes` bytes, printable, no spaces."""
     return (
@@ -178,7 +162,7 @@ class GossipConfig:
         try:
             split_address(self.address)
         except ValueError as error:
-            raise ConfigError(str(error)) from None
+            raise ConfigError(f"address {self.address!r}: {error}") from None
         for name, address in [("advertise", self.advertise), *(("seeds", seed) for seed in self.seeds)]:
             if address is not None and not valid_address(address):
                 raise ConfigError(f"{name}: {address!r} is not host:port, like 10.0.0.1:7700")

@@ -19,9 +19,10 @@ from typing import Any
 
 import trio
 
+from mesh.address import join_address, split_address
 from mesh.errors import AddressInUse, ConfigError
 from mesh.gossip.absent import Known
-from mesh.gossip.config import MAX_DATAGRAM_BYTES, GossipConfig, join_address, split_address, valid_address
+from mesh.gossip.config import MAX_DATAGRAM_BYTES, GossipConfig, valid_address
 from mesh.gossip.coordinates import Coordinate
 from mesh.gossip.core import Event, GossipCore, StreamRequest
 from mesh.gossip.links import LinkReport

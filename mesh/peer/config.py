@@ -21,29 +21,17 @@ import platformdirs
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from mesh.address import DEFAULT_ADDRESS, join_address, split_address
 from mesh.devices.spec import DeviceSpec, parse_specs
 from mesh.errors import ConfigError, IdentityRequired
-from mesh.gossip.config import join_address
 
-DEFAULT_LISTEN = "127.0.0.1:7700"
 ENV_PREFIX = "MESH_"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,252})|[0-9A-Fa-f:.]+(%[A-Za-z0-9._-]+)?")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 #: A minute of round trip is past any network; it bounds what a slip of the keyboard can do to a drill.
 _LARGEST_RTT_MS = 60_000.0
 #: How near an unknown `MESH_*` variable must be to a key to be taken for a slip: other commands have variables too.
 _SLIP = 0.75
-
-
-def split_address(text: str) -> tuple[str, int]:
-    """Host and port of `HOST:PORT` or `[IPV6]:PORT`. Raises ValueError, one line, where it is neither."""
-    host, colon, port = text.strip().rpartition(":")
-    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    if not colon or not _HOST.fullmatch(bare) or (":" in bare) != (bare != host):
-        raise ValueError(f"write HOST:PORT, such as {DEFAULT_LISTEN} or [::1]:7700")
-    if not (port.isascii() and port.isdigit() and int(port) <= 65535):
-        raise ValueError(f"port {port!r} is not a number from 0 to 65535; write HOST:PORT, such as {DEFAULT_LISTEN}")
-    return bare, int(port)
 
 
 def is_loopback(host: str) -> bool:
@@ -67,12 +55,19 @@ def _name(value: str) -> str:
     return value
 
 
+def _split(value: str) -> tuple[str, int]:
+    host, port = split_address(value.strip())
+    if not _HOST.fullmatch(host):
+        raise ValueError(f"write HOST:PORT, such as {DEFAULT_ADDRESS} or [::1]:7700")
+    return host, port
+
+
 def _bind(value: str) -> str:
-    return join_address(*split_address(value))
+    return join_address(*_split(value))
 
 
 def _target(value: str) -> str:
-    host, port = split_address(value)
+    host, port = _split(value)
     if port == 0:
         raise ValueError("port 0 cannot be reached; write the port the peer listens on")
     return join_address(host, port)
@@ -149,7 +144,7 @@ class PeerConfig(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, validate_default=True)
 
     site: Name = Field(default_factory=default_site)
-    listen: Bind = DEFAULT_LISTEN
+    listen: Bind = DEFAULT_ADDRESS
     advertise: Target | None = None
     join: Annotated[tuple[Target, ...], NoDecode, BeforeValidator(_addresses)] = ()
     http: Bind | None = None

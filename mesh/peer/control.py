@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import grpc
 import trio
 
+from mesh.address import join_address
 from mesh.client.channel import CANCEL_S, Connection
 from mesh.client.credentials import Credentials
 from mesh.errors import AddressInUse, JobNotFound, RequestError
 from mesh.gossip import Gossip, Malformed
-from mesh.gossip.config import join_address
 from mesh.jobs.ledger import Ledger
 from mesh.peer.bridge import Bridge, each
 from mesh.peer.cluster import Cluster

@@ -7,42 +7,39 @@ The daemon itself never touches a tensor; workers do, in processes of their own.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import signal
-import socket
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from typing import Any
 
 import grpc
-import msgpack
 import trio
 
+from mesh.address import join_address, split_address
 from mesh.devices.local import LocalDevice, discover
-from mesh.errors import AddressInUse, ConfigError, MeshError
+from mesh.errors import ConfigError, MeshError
 from mesh.gossip import Gossip, GossipConfig, open_gossip
 from mesh.gossip.absent import Known
-from mesh.gossip.config import join_address
 from mesh.gossip.distances import LINKS
-from mesh.gossip.sealing import REFUSALS
 from mesh.jobs.ledger import Ledger
 from mesh.jobs.model import SubprocessInspector
 from mesh.peer.bridge import Bridge
 from mesh.peer.calls import RemotePeer
-from mesh.peer.cluster import Cluster, open_cluster
-from mesh.peer.config import PeerConfig, split_address
+from mesh.peer.cluster import open_cluster
+from mesh.peer.config import PeerConfig
 from mesh.peer.control import MeshServicer, PeerServicer, Secured, serve
 from mesh.peer.datadir import DataDir
 from mesh.peer.guard import Guard
 from mesh.peer.http import build_app
 from mesh.peer.http import serve as serve_http
 from mesh.peer.measuring import Measuring
-from mesh.peer.metrics import DeviceMemory
 from mesh.peer.office import IdentityServicer
+from mesh.peer.peer import Peer
+from mesh.peer.places import free_port, local_host, reachable
 from mesh.peer.service import PeerService
 from mesh.peer.view import MeshView
 from mesh.peer.workers import WorkerPool
@@ -50,16 +47,8 @@ from mesh.wire.v1 import peer_pb2
 
 logger = logging.getLogger(__name__)
 
-#: A leaving peer lets its own requests finish, and the owners of its workers move away, for up to this long each.
-GRACE_S = 10.0
-#: Announcing the leave: a few datagrams to a few peers.
-LEAVE_S = 1.0
 #: A peer told to join says so when nobody answered for this long; it goes on trying.
 JOIN_COMPLAINT_S = 5.0
-#: What the mesh is told of jobs must fit into one entry of gossip (32 KiB): the newest ones, their models' names cut.
-JOBS_TOLD_BYTES, MODEL_CHARACTERS_TOLD = 30_000, 64
-#: Random ports tried until one is free for UDP and for TCP.
-PORT_TRIES = 20
 #: The name of the mesh of peers without an identity.
 DEFAULT_CLUSTER = "isthmus"
 #: How often whom this peer knows is written down, if that changed.
@@ -128,167 +117,13 @@ async def _signals(
                 starting.cancel()
 
 
-class Peer:
-    """A running peer: the parts, and the questions that HTTP and gRPC ask of them."""
-
-    def __init__(
-        self,
-        *,
-        config: PeerConfig,
-        gossip: Gossip,
-        ledger: Ledger,
-        view: MeshView,
-        service: PeerService,
-        devices: list[LocalDevice],
-        cluster: Cluster | None = None,
-        guard: Guard | None = None,
-    ) -> None:
-        self._cluster = cluster
-        self._guard = guard
-        self._config = config
-        self._gossip = gossip
-        self._ledger = ledger
-        self._view = view
-        self._service = service
-        self._devices = devices
-        self._state = "serving"
-
-    @property
-    def site(self) -> str:
-        """The site's name."""
-        return self._config.site
-
-    @property
-    def address(self) -> str:
-        """`HOST:PORT` of gossip and control."""
-        return str(self._gossip.address)
-
-    async def leave(self) -> None:
-        """Announce the leave, finish what runs, and let the owners of this site's workers move their jobs away."""
-        self._state = "leaving"
-        logger.info("leaving")
-        await self._ledger.close(GRACE_S)
-        await self._gossip.leave(LEAVE_S)
-        with trio.move_on_after(GRACE_S):
-            await self._service.drain()
-
-    def publish_load(self) -> None:
-        """Tell the mesh how much memory is left."""
-        self._gossip.publish("load", self._service.free_bytes())
-
-    def publish_jobs(self) -> None:
-        """Tell the mesh which jobs this peer owns."""
-        told: dict[str, dict[str, Any]] = {}
-        room = JOBS_TOLD_BYTES
-        for job in reversed([coordinator.job for coordinator in self._ledger if not coordinator.job.ended]):
-            entry = {
-                "model": _shortened(job.model),
-                "state": job.state,
-                "epoch": job.counter,
-                "priority": job.priority,
-                "held": job.held_bytes,
-            }
-            room -= len(msgpack.packb({job.id: entry}))
-            if room < 0:
-                break
-            told[job.id] = entry
-        self._gossip.publish("jobs", told)
-
-    def elsewhere(self) -> dict[str, tuple[str, Mapping[str, Any]]]:
-        """Jobs that other peers own: owner and what it says of the job, by job id."""
-        return {
-            str(job): (site, entry)
-            for site, jobs in self._gossip.entries("jobs").items()
-            if site != self.site and self._view.alive(site) and isinstance(jobs, Mapping)
-            for job, entry in jobs.items()
-            if isinstance(entry, Mapping)
-        }
-
-    def status(self) -> dict[str, Any]:
-        """The document of `mesh status`."""
-        rtts = self.rtts_s()
-        regions = {site.name: site.region for site in self._view.snapshot().sites}
-        free = self._service.free_bytes()
-        return {
-            **({} if self._cluster is None else {"identity": self._cluster.describe()}),
-            "site": self.site,
-            "address": self.address,
-            "region": self._config.region,
-            "state": self._state,
-            "members": [
-                {
-                    "site": member.site,
-                    "address": member.address,
-                    "region": regions.get(member.site),
-                    "state": str(member.state),
-                    "incarnation": member.incarnation,
-                    "rtt_ms": rtts[member.site] * 1e3 if member.site in rtts else None,
-                    **({} if self._cluster is None else self._cluster.describe_member(member.site)),
-                }
-                for member in self._gossip.members()
-            ],
-            "devices": [{**asdict(local.device), "free_bytes": free[local.device.name]} for local in self._devices],
-            "jobs": [
-                {
-                    "job": c.job.id,
-                    "model": c.job.model,
-                    "state": c.job.state,
-                    "owner": self.site,
-                    "epoch": c.job.counter,
-                }
-                for c in self._ledger
-            ],
-        }
-
-    def state(self) -> str:
-        """`serving` or `leaving`."""
-        return self._state
-
-    def members(self) -> Mapping[str, str]:
-        """State by site."""
-        return {member.site: str(member.state) for member in self._gossip.members()}
-
-    def jobs(self) -> Mapping[str, str]:
-        """State by job, of the jobs this site owns."""
-        return {coordinator.job.id: coordinator.job.state for coordinator in self._ledger}
-
-    def rtts_s(self) -> Mapping[str, float]:
-        """Least measured round trip by site."""
-        return {site: rtt.min_s for site, rtt in self._gossip.rtts().items()}
-
-    def devices(self) -> Mapping[str, DeviceMemory]:
-        """Memory by device."""
-        free = self._service.free_bytes()
-        return {
-            local.device.name: DeviceMemory(local.device.memory_bytes, free[local.device.name])
-            for local in self._devices
-        }
-
-    def tokens_total(self) -> int:
-        """Tokens of all jobs owned here."""
-        return self._ledger.tokens_total
-
-    def recoveries_total(self) -> int:
-        """Recoveries of all jobs owned here."""
-        return self._ledger.recoveries_total
-
-    def gossip_refused_total(self) -> Mapping[str, int]:
-        """What gossip refused, by kind."""
-        counters = self._gossip.counters()
-        return {kind: counters[kind] for kind in REFUSALS}
-
-    def calls_refused_total(self) -> Mapping[str, int]:
-        """Calls refused, by the code of the error."""
-        return {} if self._guard is None else dict(self._guard.refused)
-
-
 @asynccontextmanager
 async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
     """A running peer for the length of the block. Raises the MeshError that keeps it from starting."""
-    host, port = _free_port(*split_address(config.listen))
+    host, port = free_port(*split_address(config.listen))
     devices = await discover(config, config.data_dir)
     cluster = open_cluster(config.data_dir, config.site)
-    advertise = config.advertise or join_address(_reachable(host), port)
+    advertise = config.advertise or join_address(reachable(host), port)
     gossip_config = GossipConfig(
         site=config.site,
         address=join_address(host, port),
@@ -312,7 +147,7 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
             exchange=exchange,
         ) as gossip,
         trio.open_nursery() as nursery,
-        WorkerPool.open(host=_reachable(host), backends=_backends(config, devices)) as pool,
+        WorkerPool.open(host=reachable(host), backends=_backends(config, devices)) as pool,
     ):
         peer: Peer
 
@@ -350,7 +185,7 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
             config.site,
             gossip,
             lambda site: view.remote(site).answer,
-            host=_reachable(host),
+            host=reachable(host),
             backends=_backends(config, devices),
             busy=lambda: service.busy,
             enabled=config.probes,
@@ -382,7 +217,7 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
             nursery.start_soon(service.run)
             nursery.start_soon(measuring.run)
             if cluster is not None:
-                cluster.leave_token(join_address(_local(host), port))
+                cluster.leave_token(join_address(local_host(host), port))
                 nursery.start_soon(cluster.run, gossip, view.remote)
             nursery.start_soon(_watch_members, gossip, ledger, view)
             nursery.start_soon(_remember, gossip, data, config.site, gossip_config.cluster)
@@ -405,29 +240,6 @@ def no_credentials(site: str) -> None:
     """Peers without identities call each other plainly."""
 
 
-def _reachable(host: str) -> str:
-    """An address of this machine that others may reach, where it listens on all of them: that of its own way out."""
-    if host not in ("0.0.0.0", "::"):
-        return host
-    family, far = (socket.AF_INET, "192.0.2.1") if host == "0.0.0.0" else (socket.AF_INET6, "2001:db8::1")
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((far, 9))  # of the ranges for documentation (RFC 5737, RFC 3849); nothing is sent
-        except OSError:
-            raise ConfigError(f"listen={host}: this machine has no way out; give --advertise HOST:PORT") from None
-        return str(probe.getsockname()[0])
-
-
-def _local(host: str) -> str:
-    """Where a command on this machine reaches a peer that listens on `host`."""
-    return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-
-
-def _shortened(model: str) -> str:
-    """The end of a long name: of a path it says the most."""
-    return model if len(model) <= MODEL_CHARACTERS_TOLD else "..." + model[3 - MODEL_CHARACTERS_TOLD :]
-
-
 def _backends(config: PeerConfig, devices: list[LocalDevice]) -> tuple[str, ...]:
     """What this site's workers listen on.
 
@@ -441,31 +253,6 @@ def _backends(config: PeerConfig, devices: list[LocalDevice]) -> tuple[str, ...]
 
 def _stop(server: grpc.Server) -> None:
     server.stop(STOP_S).wait(STOP_S * 5)
-
-
-def _free_port(host: str, port: int) -> tuple[str, int]:
-    """The port to listen on, free for UDP and TCP; 0 picks one. Raises AddressInUse, or ConfigError for a bad host.
-
-    The sockets are closed again before gossip and gRPC take the number; the check is there to fail early and in words.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    for _ in range(PORT_TRIES):
-        with socket.socket(family, socket.SOCK_STREAM) as tcp, socket.socket(family, socket.SOCK_DGRAM) as udp:
-            try:
-                tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                tcp.bind((host, port))
-                number = int(tcp.getsockname()[1])
-                udp.bind((host, number))
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE:
-                    raise ConfigError(f"listen={join_address(host, port)}: {error.strerror or error}") from None
-                if port:
-                    break
-            else:
-                return host, number
-    raise AddressInUse(
-        f"listen={join_address(host, port)}: the port is taken; stop what listens there or give another --listen"
-    )
 
 
 def _capabilities(config: PeerConfig, devices: list[LocalDevice]) -> dict[str, Any]:

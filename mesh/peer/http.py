@@ -20,9 +20,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from mesh.address import join_address, split_address
 from mesh.errors import AddressInUse, ConfigError
-from mesh.gossip.config import join_address
-from mesh.peer.config import split_address
 from mesh.peer.metrics import Observer, build_registry
 
 _log = logging.getLogger("mesh.http")

@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 
+from mesh.address import join_address, split_address
 from mesh.errors import ConfigError
-from mesh.gossip.config import GossipConfig, join_address, split_address, valid_address
+from mesh.gossip.config import GossipConfig, valid_address
 from mesh.gossip.members import Claim
 from mesh.gossip.rtt import WINDOW, Rtt, RttWindow
 from mesh.gossip.rumours import Rumours

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mesh.address import join_address, split_address
 from mesh.errors import ConfigError, IdentityRequired
-from mesh.gossip.config import join_address
-from mesh.peer.config import default_site, is_loopback, load, split_address
+from mesh.peer.config import default_site, is_loopback, load
 
 
 def _toml(tmp_path: Path, text: str) -> Path:
