@@ -9,7 +9,7 @@ from typing import NamedTuple
 from transport.base import Fabric, FrameError, Listener, Pipe, TransportError
 from transport.channel import Channel, Clock, Entropy
 from transport.frames import FrameReader, FrameWriter
-from transport.handshake import RANDOM_BYTES, Hello, check_hello, read_hello, write_welcome
+from transport.handshake import RANDOM_BYTES, Hello, answer_hello, read_hello
 
 #: How long a pipe may wait for its hello to be expected: the two ends of a channel are told of it by different
 #: messages of the control plane, in any order.
@@ -20,6 +20,7 @@ _STRANGERS = 64
 class _Expected(NamedTuple):
     name: str
     key: bytes | None
+    seal: bool
     delay_s: float
     silence_s: float | None
 
@@ -50,10 +51,17 @@ class Acceptor:
         return self.listener.address
 
     def expect(
-        self, hello: bytes, *, name: str, key: bytes | None, delay_s: float = 0.0, silence_s: float | None = None
+        self,
+        hello: bytes,
+        *,
+        name: str,
+        key: bytes | None,
+        seal: bool = True,
+        delay_s: float = 0.0,
+        silence_s: float | None = None,
     ) -> None:
         """Let the next pipe that says `hello`, proven by `key`, become the channel to `name`. See `connect_channel`."""
-        self._expected[hello] = _Expected(name, key, delay_s, silence_s)
+        self._expected[hello] = _Expected(name, key, seal, delay_s, silence_s)
 
     def forget(self, hello: bytes) -> None:
         """No longer expect `hello`."""
@@ -86,8 +94,7 @@ class Acceptor:
 
     def _establish(self, pipe: Pipe, hello: Hello) -> Channel:
         expected = self._expected[hello.name]
-        theirs = check_hello(hello, expected.key)
-        welcome, ours = write_welcome(hello, expected.key, self._entropy(RANDOM_BYTES))
+        welcome, keys = answer_hello(hello, expected.key, self._entropy(RANDOM_BYTES), seal=expected.seal)
         pipe.send((welcome,))
         del self._expected[hello.name]
         del self._strangers[pipe]
@@ -95,12 +102,11 @@ class Acceptor:
         return Channel(
             self.fabric,
             pipe,
-            FrameWriter(ours.seal),
-            FrameReader(theirs.seal),
+            (FrameWriter(keys.acceptor), FrameReader(keys.connector)),
             name=expected.name,
             delay_s=expected.delay_s,
             silence_s=expected.silence_s,
-            sealed=expected.key is not None,
+            sealed=hello.sealed,
             clock=self._clock,
         )
 

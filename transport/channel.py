@@ -25,9 +25,17 @@ from transport.base import (
     TransportError,
 )
 from transport.emulate import DelayLine
-from transport.frames import FIRST_INTERNAL_KIND, FIRST_LANE_KIND, GOODBYE, HEARTBEAT, FrameReader, FrameWriter
+from transport.frames import (
+    FIRST_INTERNAL_KIND,
+    FIRST_LANE_KIND,
+    GOODBYE,
+    HEARTBEAT,
+    FrameReader,
+    FrameWriter,
+    check_size,
+)
 from transport.handshake import RANDOM_BYTES, read_welcome, write_hello
-from transport.tickets import again, flat
+from transport.tickets import Held, again, flat
 
 Clock = Callable[[], int]
 Entropy = Callable[[int], bytes]
@@ -47,7 +55,8 @@ class Message(NamedTuple):
 class Channel:
     """One end of a channel. Not thread safe: the thread that drives the fabric uses it.
 
-    Made by `connect_channel` and `Acceptor.poll`. Methods raise ChannelClosed after a goodbye from either end and
+    Made by `connect_channel` and `Acceptor.poll`. A connector's messages are held until the neighbour has answered and
+    both know the keys. Methods raise ChannelClosed after a goodbye from either end and
     ChannelBroken after anything worse; messages that arrived before are delivered first.
     """
 
@@ -55,8 +64,7 @@ class Channel:
         self,
         fabric: Fabric,
         pipe: Pipe,
-        writer: FrameWriter,
-        reader: FrameReader | Callable[[memoryview], FrameReader],
+        frames: tuple[FrameWriter, FrameReader] | Callable[[memoryview], tuple[FrameWriter, FrameReader]],
         *,
         name: str,
         delay_s: float = 0.0,
@@ -67,9 +75,13 @@ class Channel:
         self.fabric = fabric
         self.name = name
         self._pipe = pipe
-        self._writer = writer
-        self._reader = reader if isinstance(reader, FrameReader) else None
-        self._welcome = None if isinstance(reader, FrameReader) else reader
+        self._writer: FrameWriter | None = None
+        self._reader: FrameReader | None = None
+        self._welcome = None if isinstance(frames, tuple) else frames
+        if isinstance(frames, tuple):
+            self._writer, self._reader = frames
+        self._held: deque[tuple[int, bytes, Buffer, Held]] = deque()
+        self._held_bytes = 0
         self._line: DelayLine[Message] | None = DelayLine(delay_s) if delay_s > 0 else None
         self._stash: deque[Message] = deque()
         self._sealed = sealed
@@ -93,6 +105,11 @@ class Channel:
         return self._send(kind, meta, payload)
 
     def _send(self, kind: int, meta: bytes, payload: Buffer) -> Ticket:
+        if self._writer is None:
+            ticket = Held()
+            self._held_bytes += check_size(meta, payload)
+            self._held.append((kind, meta, payload, ticket))
+            return ticket
         now_ns = self._clock()
         self._beat_ns = now_ns
         try:
@@ -100,10 +117,19 @@ class Channel:
         except TransportError as error:
             raise type(error)(f"{self.name}: {error}") from None
 
+    def _begin(self, frames: tuple[FrameWriter, FrameReader]) -> None:
+        """The neighbour has answered: send what was held."""
+        self._writer, self._reader = frames
+        self._welcome = None
+        while self._held:
+            kind, meta, payload, ticket = self._held.popleft()
+            ticket.sent = self._send(kind, meta, payload)
+        self._held_bytes = 0
+
     @property
     def pending_bytes(self) -> int:
         """Bytes sent that have not left yet. Send less, or wait, while this grows."""
-        return self._pipe.pending_bytes
+        return self._held_bytes + self._pipe.pending_bytes
 
     @property
     def established(self) -> bool:
@@ -218,7 +244,7 @@ class Channel:
             try:
                 if self._reader is None:
                     assert self._welcome is not None
-                    self._reader, self._welcome = self._welcome(data), None
+                    self._begin(self._welcome(data))
                     continue
                 frame = self._reader.read(data)
             except FrameError as error:
@@ -252,16 +278,20 @@ class Channel:
             self._pipe.abort()
             self._ended = ChannelBroken(f"{self.name}: silent for more than {self._silence_ns / 1e9:g} s")
             raise again(self._ended)
-        if now_ns - self._beat_ns >= self._silence_ns // _BEATS:
+        if now_ns - self._beat_ns >= self._silence_ns // _BEATS and self._writer is not None:
             self._send(HEARTBEAT, b"", b"")
 
     # -- the end
 
     def close(self) -> None:
-        """Say goodbye behind what was sent, without waiting. Idempotent."""
+        """Say goodbye behind what was sent, without waiting; what is held before the neighbour answered is dropped.
+
+        Idempotent.
+        """
         if self._ended is None:
             try:
-                self._send(GOODBYE, b"", b"")
+                if self._writer is not None:
+                    self._send(GOODBYE, b"", b"")
             except TransportError:
                 pass  # it is gone: nobody to say goodbye to
             if self._ended is None:
@@ -278,6 +308,8 @@ class Channel:
 
     def _drop(self) -> None:
         self._stash.clear()
+        self._held.clear()
+        self._held_bytes = 0
         if self._line is not None:
             self._line = DelayLine(self._line.delay_ns / 1e9)
 
@@ -299,37 +331,40 @@ def connect_channel(
     name: str,
     key: bytes | None,
     hello: bytes,
+    seal: bool = True,
     delay_s: float = 0.0,
     silence_s: float | None = None,
     clock: Clock = time.monotonic_ns,
     entropy: Entropy = os.urandom,
 ) -> Channel:
-    """Begin a channel to an Acceptor that expects `hello`. Returns at once; messages may be sent right away.
+    """Begin a channel to an Acceptor that expects `hello`. Returns at once; messages may be sent right away, and leave
+    once the neighbour has answered, which is seen when the channel is polled.
 
-    name: the neighbour's, for errors. key: 32 bytes shared with the acceptor, or None for an unsealed channel.
-    hello: names the channel, at most MAX_HELLO_BYTES, readable by anybody on the way. delay_s: emulated one-way delay
-    of what arrives here. silence_s: break the channel when a neighbour that also has it set stays silent for longer
-    while this end polls; None (off) where a neighbour may compute for long. Raises AddressError for a bad address.
+    name: the neighbour's, for errors. key: 32 bytes shared with the acceptor, by which the ends prove themselves and,
+    with `seal`, seal what they send; None for neither. hello: names the channel, at most MAX_HELLO_BYTES, readable by
+    anybody on the way. delay_s: emulated one-way delay of what arrives here. silence_s: break the channel when a
+    neighbour that also has it set stays silent for longer while this end polls; None (off) where a neighbour may
+    compute for long. Raises AddressError for a bad address.
     """
     random = entropy(RANDOM_BYTES)
-    message, keys = write_hello(hello, key, random)
+    message = write_hello(hello, key, random, seal=seal)
     try:
         pipe = fabric.connect(address)
         pipe.send((message,))
     except TransportError as error:
         raise type(error)(f"{name}: {error}") from None
 
-    def welcomed(data: memoryview) -> FrameReader:
-        return FrameReader(read_welcome(data, hello, key, random).seal)
+    def welcomed(data: memoryview) -> tuple[FrameWriter, FrameReader]:
+        keys = read_welcome(data, message, key, random)
+        return FrameWriter(keys.connector), FrameReader(keys.acceptor)
 
     return Channel(
         fabric,
         pipe,
-        FrameWriter(keys.seal),
         welcomed,
         name=name,
         delay_s=delay_s,
         silence_s=silence_s,
-        sealed=key is not None,
+        sealed=key is not None and seal,
         clock=clock,
     )

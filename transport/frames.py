@@ -1,10 +1,8 @@
 """Frames: what a channel puts into one message of a pipe, sealed or not. Pure: bytes in, bytes out.
 
 A frame is a header of 32 bytes and a body. Unsealed, the body is `meta` followed by `payload`, sent without a copy.
-Sealed, the body is encrypted by AES-256-GCM, at most `CHUNK_BYTES` by one call because a call holds the interpreter
-lock, each chunk under its own nonce, with the header as associated data. The nonce is a counter that never repeats
-under a key: a key is derived for each connection and direction (see `handshake`). The counter is not sent; what was
-lost, repeated, reordered or cut short does not open.
+Sealed, the body is encrypted (see `seal`), at most `CHUNK_BYTES` by one call because a call holds the interpreter lock,
+with the header as associated data, under keys of this connection and direction (see `handshake`).
 
 A cutter that turned out to be in the wrong place is not repaired: after a FrameError the stream is finished.
 """
@@ -15,13 +13,11 @@ import struct
 from typing import NamedTuple
 
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from transport.base import MAX_MESSAGE_BYTES, Buffer, FrameError
+from transport.seal import TAG_BYTES, Seal
 from transport.tickets import flat, fresh
 
-KEY_BYTES = 32
-TAG_BYTES = 16
 CHUNK_BYTES = 1 << 20
 #: Metadata describes a payload; it does not carry one.
 MAX_META_BYTES = 1 << 20
@@ -36,9 +32,7 @@ _HEADER = struct.Struct("<HBBIQQQ")
 HEADER_BYTES = _HEADER.size
 _MAGIC = 0x4953  # "IS"
 _VERSION = 1
-_NONCE = struct.Struct("<IQ")
 _pack_header = _HEADER.pack
-_pack_nonce = _NONCE.pack
 
 
 class Frame(NamedTuple):
@@ -50,45 +44,44 @@ class Frame(NamedTuple):
     stamp_ns: int
 
 
+def check_size(meta: bytes, payload: Buffer) -> int:
+    """The bytes of `payload`. Raises ValueError where the frame would be longer than a neighbour accepts."""
+    size = payload.nbytes if isinstance(payload, memoryview) else len(payload)
+    if len(meta) > MAX_META_BYTES or size > MAX_MESSAGE_BYTES - (2 << 20):
+        raise ValueError(f"a frame of {len(meta)} + {size} bytes is too long; send it in pieces")
+    return size
+
+
 class FrameWriter:
     """One direction of a channel, at the sender. `key`: 32 bytes for this direction only, or None for unsealed."""
 
     def __init__(self, key: bytes | None) -> None:
-        self._aead = None if key is None else AESGCM(key)
+        self._seal = None if key is None else Seal(key)
         self._sequence = 0
-        self._nonce = 0
 
     def write(self, kind: int, meta: bytes, payload: Buffer, stamp_ns: int) -> list[Buffer]:
         """The parts of the next frame, to be sent as one message. Unsealed, `payload` is one of them.
 
         Raises ValueError when the frame would be longer than a neighbour accepts.
         """
-        size = payload.nbytes if isinstance(payload, memoryview) else len(payload)
-        if len(meta) > MAX_META_BYTES or size > MAX_MESSAGE_BYTES - (2 << 20):
-            raise ValueError(f"a frame of {len(meta)} + {size} bytes is too long; send it in pieces")
+        size = check_size(meta, payload)
         header = _pack_header(_MAGIC, _VERSION, kind, len(meta), size, self._sequence, stamp_ns)
         self._sequence += 1
-        if self._aead is None:
+        if self._seal is None:
             return [header + meta, payload] if size else [header + meta]
         if len(meta) + size <= CHUNK_BYTES:
-            nonce = _pack_nonce(0, self._nonce)
-            self._nonce += 1
-            plain = b"".join((meta, payload)) if size else meta
-            return [header, self._aead.encrypt(nonce, plain, header)]
+            return [header, self._seal.seal(b"".join((meta, payload)) if size else meta, header)]
         return [header, *self._seal_long(header, meta, flat(payload))]
 
     def _seal_long(self, header: bytes, meta: bytes, payload: memoryview) -> list[Buffer]:
-        assert self._aead is not None
+        assert self._seal is not None
         chunks = _chunks(payload.nbytes)
         sealed = fresh(payload.nbytes + TAG_BYTES * len(chunks))
-        first = self._aead.encrypt(_pack_nonce(0, self._nonce), meta, header)
-        self._nonce += 1
+        first = self._seal.seal(meta, header)
         at = 0
         for start, end in chunks:
             length = end - start + TAG_BYTES
-            nonce = _pack_nonce(0, self._nonce)
-            self._aead.encrypt_into(nonce, payload[start:end], header, sealed[at : at + length])
-            self._nonce += 1
+            self._seal.seal_into(payload[start:end], header, sealed[at : at + length])
             at += length
         return [first, sealed]
 
@@ -97,9 +90,8 @@ class FrameReader:
     """One direction of a channel, at the receiver."""
 
     def __init__(self, key: bytes | None) -> None:
-        self._aead = None if key is None else AESGCM(key)
+        self._seal = None if key is None else Seal(key)
         self._sequence = 0
-        self._nonce = 0
         self._failed: str | None = None
 
     def read(self, message: memoryview) -> Frame:
@@ -124,7 +116,7 @@ class FrameReader:
         if meta_bytes > MAX_META_BYTES or payload_bytes > MAX_MESSAGE_BYTES:
             raise FrameError(f"frame claims {meta_bytes} + {payload_bytes} bytes")
         body = meta_bytes + payload_bytes
-        if self._aead is None:
+        if self._seal is None:
             if size != HEADER_BYTES + body:
                 raise FrameError(f"frame of {size} bytes claims {HEADER_BYTES + body}")
             split = HEADER_BYTES + meta_bytes
@@ -135,8 +127,7 @@ class FrameReader:
                 if body <= CHUNK_BYTES:
                     if size != HEADER_BYTES + body + TAG_BYTES:
                         raise FrameError(f"sealed frame of {size} bytes claims a body of {body}")
-                    plain = self._aead.decrypt(_pack_nonce(0, self._nonce), message[HEADER_BYTES:], header)
-                    self._nonce += 1
+                    plain = self._seal.open(message[HEADER_BYTES:], header)
                     frame = Frame(kind, plain[:meta_bytes], memoryview(plain)[meta_bytes:], stamp_ns)
                 else:
                     meta, payload = self._open_long(message, header, meta_bytes, payload_bytes)
@@ -149,19 +140,16 @@ class FrameReader:
     def _open_long(
         self, message: memoryview, header: bytes, meta_bytes: int, payload_bytes: int
     ) -> tuple[bytes, memoryview]:
-        assert self._aead is not None
+        assert self._seal is not None
         chunks = _chunks(payload_bytes)
         at = HEADER_BYTES + meta_bytes + TAG_BYTES
         if message.nbytes != at + payload_bytes + TAG_BYTES * len(chunks):
             raise FrameError(f"sealed frame of {message.nbytes} bytes claims {meta_bytes} + {payload_bytes}")
-        meta = self._aead.decrypt(_pack_nonce(0, self._nonce), message[HEADER_BYTES:at], header)
-        self._nonce += 1
+        meta = self._seal.open(message[HEADER_BYTES:at], header)
         payload = fresh(payload_bytes)
         for start, end in chunks:
             length = end - start + TAG_BYTES
-            nonce = _pack_nonce(0, self._nonce)
-            self._aead.decrypt_into(nonce, message[at : at + length], header, payload[start:end])
-            self._nonce += 1
+            self._seal.open_into(message[at : at + length], header, payload[start:end])
             at += length
         return meta, payload
 

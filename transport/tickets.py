@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from transport.base import Buffer, TransportError
+from transport.base import Buffer, Ticket, TransportError
 
 
 class Done:
@@ -26,6 +26,20 @@ class Pending:
 
     def __init__(self) -> None:
         self.done = False
+
+
+class Held:
+    """A ticket of a message that its channel holds back; `sent` is the pipe's ticket once it was handed on."""
+
+    __slots__ = ("sent",)
+
+    def __init__(self) -> None:
+        self.sent: Ticket | None = None
+
+    @property
+    def done(self) -> bool:
+        """True once the buffers are free."""
+        return self.sent is not None and self.sent.done
 
 
 def size_bytes(parts: Sequence[Buffer]) -> int:

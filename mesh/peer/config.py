@@ -138,7 +138,7 @@ class PeerConfig(BaseSettings):
     a machine's addresses (then by default the one that its own way out has). `emulate` holds round-trip times in
     milliseconds that are added between this peer and others, by their address.
     `reserve` is the share of each device's memory kept for the loss of another site. `probes`: whether the bandwidth of
-    this site's links may be measured by short bursts.
+    this site's links may be measured by short bursts. `seal` off leaves frames between this site's own shards open.
     """
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True, validate_default=True)
@@ -154,6 +154,7 @@ class PeerConfig(BaseSettings):
     emulate: Annotated[dict[str, float], NoDecode, BeforeValidator(_delays), AfterValidator(_checked_delays)] = {}
     transport: Literal["auto", "tcp", "ucx"] = "auto"
     probes: bool = True
+    seal: Literal["on", "off"] = "on"
     reserve: float = Field(default=0.2, ge=0.0, lt=1.0)
 
     @property

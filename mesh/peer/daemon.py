@@ -178,6 +178,7 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
             inspector=inspector,
             displace=displace,
             measure=measure,
+            seal_inside=config.seal == "on",
         )
         credentials = no_credentials if cluster is None else cluster.credentials
         view = MeshView(config.site, gossip, service, lambda site, at: RemotePeer(at, credentials(site)))

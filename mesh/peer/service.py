@@ -56,8 +56,10 @@ class PeerService:
         inspector: Inspector,
         displace: Callable[[peer_pb2.DisplaceRequest], Awaitable[None]],
         measure: Callable[[str, Sequence[str]], Awaitable[str]],
+        seal_inside: bool = True,
     ) -> None:
         self.site = site
+        self._seal_inside = seal_inside
         self._pool = pool
         self._devices = {device.device.name: device for device in devices}
         self._delay_s = delay_s
@@ -128,10 +130,21 @@ class PeerService:
             self._loading -= 1
 
     async def connect(self, request: peer_pb2.ConnectRequest) -> None:
-        """Open the channels of one shard to its neighbours, each with the delay that this site emulates towards it."""
+        """Open the channels of one shard to its neighbours, each with the delay that this site emulates towards it.
+
+        Whether frames inside this site are sealed is this site's to say; between sites they are, whoever asks.
+        """
         self._admit(request.job, request.epoch)
         for neighbour in request.neighbours:
-            neighbour.delay_s = self._delay_s(neighbour.name.split("/")[0])
+            site = neighbour.name.split("/")[0]
+            neighbour.delay_s = self._delay_s(site)
+            if site == self.site and not self._seal_inside:
+                neighbour.seal = False
+            elif not neighbour.seal:
+                raise WorkerError(
+                    f"{self.site} seals what goes to {neighbour.name}: a site may leave that out "
+                    "between its own shards alone, where its own `seal` is off"
+                )
         await self._pool.connect(request.job, _epoch(request.epoch), request.device, request.neighbours)
 
     async def start(self, request: peer_pb2.StartRequest) -> None:

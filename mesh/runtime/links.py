@@ -133,9 +133,14 @@ class Links:
             acceptor = self._acceptors.get(neighbour.backend)
             if acceptor is None:
                 raise WorkerError(f"{neighbour.name} is to be met over {neighbour.backend}, which is not open here")
-            key = neighbour.key if neighbour.seal else None
             if not neighbour.address:
-                acceptor.expect(neighbour.hello, name=neighbour.name, key=key, delay_s=neighbour.delay_s)
+                acceptor.expect(
+                    neighbour.hello,
+                    name=neighbour.name,
+                    key=neighbour.key,
+                    seal=neighbour.seal,
+                    delay_s=neighbour.delay_s,
+                )
                 self._opening[neighbour.hello] = neighbour
                 continue
             try:
@@ -143,7 +148,8 @@ class Links:
                     acceptor.fabric,
                     neighbour.address,
                     name=neighbour.name,
-                    key=key,
+                    key=neighbour.key,
+                    seal=neighbour.seal,
                     hello=neighbour.hello,
                     delay_s=neighbour.delay_s,
                 )

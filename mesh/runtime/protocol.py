@@ -32,8 +32,8 @@ class ProtocolError(WorkerError):
 class Neighbour:
     """One channel to open. `role` is "next", "previous" or "shard" (then `rank` is that shard's rank in the stage).
 
-    `address` is empty where the neighbour connects to us. `key` is 32 bytes and used when `seal` is true. `hello` names
-    the channel to the listening end. `delay_s` is emulated one-way latency, 0 outside drills.
+    `address` is empty where the neighbour connects to us. `key` is 32 bytes; frames are sealed when `seal` is true.
+    `hello` names the channel to the listening end. `delay_s` is emulated one-way latency, 0 outside drills.
     """
 
     role: str

@@ -41,7 +41,7 @@ class FakePool:
 
 
 @asynccontextmanager
-async def serving():
+async def serving(**options):
     devices = [
         LocalDevice(Device(name, "cpu", "test", MEMORY, MEMORY, {"float32": 1.0}, 1.0), "cpu", 3)
         for name in ("cpu0", "cpu1")
@@ -65,6 +65,7 @@ async def serving():
         measure=None,
         inspector=inspect,
         displace=displace,
+        **options,
     )
     async with trio.open_nursery() as nursery:
         nursery.start_soon(service.run)
@@ -152,12 +153,34 @@ async def test_an_unknown_device_and_a_damaged_assignment_are_refused_in_words(a
 
 async def test_each_neighbour_gets_the_delay_that_this_site_emulates(autojump_clock):
     async with serving() as (service, pool):
-        await service.connect(
-            peer_pb2.ConnectRequest(
-                job="j", epoch=epoch(1), device="cpu0", neighbours=[peer_pb2.Neighbour(name="far/cpu0", delay_s=9.0)]
-            )
-        )
+        await service.connect(connect("far/cpu0", seal=True))
         assert pool.connected[0].delay_s == pytest.approx(0.04)
+
+
+def connect(name, *, seal):
+    neighbour = peer_pb2.Neighbour(name=name, delay_s=9.0, seal=seal)
+    return peer_pb2.ConnectRequest(job="j", epoch=epoch(1), device="cpu0", neighbours=[neighbour])
+
+
+@pytest.mark.parametrize(("inside", "name", "sealed"), [(True, "here/cpu1", True), (False, "here/cpu1", False)])
+async def test_a_site_says_itself_whether_its_own_shards_seal(autojump_clock, inside, name, sealed):
+    async with serving(seal_inside=inside) as (service, pool):
+        await service.connect(connect(name, seal=True))
+        assert pool.connected[0].seal is sealed
+
+
+@pytest.mark.parametrize(("inside", "name"), [(True, "here/cpu1"), (True, "far/cpu0"), (False, "far/cpu0")])
+async def test_nobody_gets_frames_unsealed_that_this_site_seals(autojump_clock, inside, name):
+    async with serving(seal_inside=inside) as (service, _):
+        with pytest.raises(WorkerError, match="here seals what goes to") as refusal:
+            await service.connect(connect(name, seal=False))
+        assert "\n" not in str(refusal.value)
+
+
+async def test_between_sites_frames_are_sealed_also_where_a_site_seals_nothing_inside(autojump_clock):
+    async with serving(seal_inside=False) as (service, pool):
+        await service.connect(connect("far/cpu0", seal=True))
+        assert pool.connected[0].seal
 
 
 async def test_workers_end_when_nobody_listens_for_the_length_of_the_lease(autojump_clock):

@@ -36,4 +36,4 @@ def pipes(fabrics):
 
 @pytest.fixture(params=("sealed", "unsealed"))
 def channels(request, fabrics):
-    return connect_pair(*fabrics, key=bytes(range(32)) if request.param == "sealed" else None)
+    return connect_pair(*fabrics, key=bytes(range(32)), seal=request.param == "sealed")

@@ -214,9 +214,42 @@ def test_a_hello_that_is_not_expected_yet_waits_and_one_that_never_is_gets_dropp
         assert acceptor.poll() == []
     acceptor.expect(b"early", name="near", key=KEY)
     ((_, accepted),) = until(acceptor.poll, near)
+    until(lambda: early.poll() or early.established, near, far)
     assert poll(accepted, early).meta == b"right behind the hello"
     with pytest.raises(ChannelBroken, match="never answered the hello"):
         until(lambda: acceptor.poll() or never.poll(), near, far)
+    acceptor.close()
+
+
+def test_what_is_sent_before_the_neighbour_answers_leaves_when_it_has(fabrics):
+    near, far = fabrics
+    acceptor = Acceptor(far, far.listen())
+    early = connect_channel(near, acceptor.address, name="early", key=KEY, hello=b"early")
+    tickets = [early.send(b"%d" % size, bytes(size)) for size in (10, 100_000)]
+    assert early.pending_bytes >= 100_010
+    assert not any(ticket.done for ticket in tickets)
+    with pytest.raises(ValueError, match="too long"):
+        early.send(bytes(2 << 20))
+    acceptor.expect(b"early", name="near", key=KEY)
+    ((_, accepted),) = until(acceptor.poll, near)
+    until(lambda: early.poll() or early.established, near, far)
+    for size in (10, 100_000):
+        message = poll(accepted, early)
+        assert (message.meta, message.payload.nbytes) == (b"%d" % size, size)
+    until(lambda: all(ticket.done for ticket in tickets), near, far)
+    until(lambda: early.pending_bytes == 0, near, far)
+    acceptor.close()
+
+
+def test_a_channel_closed_before_the_neighbour_answers_forgets_what_it_held(fabrics):
+    near, far = fabrics
+    acceptor = Acceptor(far, far.listen())
+    early = connect_channel(near, acceptor.address, name="early", key=KEY, hello=b"early")
+    early.send(b"never", bytes(1000))
+    early.close()
+    assert early._held_bytes == 0
+    with pytest.raises(ChannelClosed):
+        early.poll()
     acceptor.close()
 
 
@@ -231,6 +264,7 @@ def test_a_hello_with_another_key_is_dropped_and_the_expectation_stays(fabrics, 
     genuine = connect_channel(near, acceptor.address, name="far", key=KEY, hello=b"hello")
     ((_, accepted),) = until(acceptor.poll, near)
     genuine.send(b"hi")
+    until(lambda: genuine.poll() or genuine.established, near, far)
     assert poll(accepted, genuine).meta == b"hi"
     acceptor.close()
 

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from transport import FrameError
 from transport.frames import CHUNK_BYTES, HEADER_BYTES, MAX_META_BYTES, FrameReader, FrameWriter
-from transport.handshake import check_hello, read_hello, read_welcome, write_hello, write_welcome
 
 KEY = bytes(range(32))
 keys = st.sampled_from([None, KEY])
@@ -111,51 +110,3 @@ def test_equal_frames_are_never_sealed_to_equal_bytes():
 def test_what_no_neighbour_accepts_is_refused_at_the_sender():
     with pytest.raises(ValueError, match="too long"):
         FrameWriter(None).write(1, bytes(MAX_META_BYTES + 1), b"", 0)
-
-
-@given(keys, st.binary(max_size=200), st.binary(min_size=16, max_size=16), st.binary(min_size=16, max_size=16))
-def test_a_handshake_gives_both_ends_the_same_keys_each_way(key, name, random_a, random_b):
-    message, connector = write_hello(name, key, random_a)
-    hello = read_hello(memoryview(message))
-    assert hello.name == name
-    assert check_hello(hello, key) == connector
-    welcome, acceptor = write_welcome(hello, key, random_b)
-    assert read_welcome(memoryview(welcome), name, key, random_a) == acceptor
-    if key is not None:
-        assert connector.seal != acceptor.seal
-        assert write_hello(name, key, bytes(15) + b"\x77")[1].seal != connector.seal or random_a == bytes(15) + b"\x77"
-
-
-@given(st.binary(max_size=300))
-def test_random_bytes_are_no_hello_and_no_welcome(data):
-    with pytest.raises(FrameError):
-        read_hello(memoryview(data))
-    with pytest.raises(FrameError):
-        read_welcome(memoryview(data), b"name", KEY, bytes(16))
-
-
-@given(st.data())
-def test_a_changed_hello_or_welcome_is_not_believed(data):
-    message, _ = write_hello(b"name", KEY, bytes(16))
-    welcome, _ = write_welcome(read_hello(memoryview(message)), KEY, bytes(16))
-    for genuine in (message, welcome):
-        changed = bytearray(genuine)
-        bit = data.draw(st.integers(0, 8 * len(changed) - 1))
-        changed[bit // 8] ^= 1 << bit % 8
-        with pytest.raises(FrameError):
-            if genuine is message:
-                check_hello(read_hello(memoryview(changed)), KEY)
-            else:
-                read_welcome(memoryview(changed), b"name", KEY, bytes(16))
-
-
-@pytest.mark.parametrize(("theirs", "ours"), [(KEY, bytes(32)), (KEY, None), (None, KEY)])
-def test_ends_with_different_keys_do_not_meet(theirs, ours):
-    hello = read_hello(memoryview(write_hello(b"name", theirs, bytes(16))[0]))
-    with pytest.raises(FrameError):
-        check_hello(hello, ours)
-
-
-def test_a_key_of_another_length_is_a_mistake_of_the_caller():
-    with pytest.raises(ValueError, match="32 bytes"):
-        write_hello(b"name", b"short", bytes(16))

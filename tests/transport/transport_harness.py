@@ -41,6 +41,7 @@ def connect_pair(near, far, *, key=None, **options):
     channel = connect_channel(near, acceptor.address, name="acceptor", key=key, hello=b"hello", **options)
     ((hello, accepted),) = until(acceptor.poll, near, far)
     assert hello == b"hello"
+    until(lambda: channel.check() or channel.established, near, far)
     acceptor.close()
     return channel, accepted
 

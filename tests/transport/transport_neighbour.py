@@ -23,14 +23,13 @@ def main() -> None:
                 channel.send(message.meta, message.payload, kind=message.kind)
         elif mode == "reduce":
             serve_reduce(channel)
-        elif mode == "idle":
+        elif mode in ("idle", "leave"):
             channel.send(b"ready")
             while not channel.established:  # nothing moves unless somebody drives the fabric
                 fabric.wait(0.1)
                 channel.poll()
-            time.sleep(60)
-        elif mode == "leave":
-            channel.send(b"ready")
+            if mode == "idle":
+                time.sleep(60)
             channel.close()
     except (ChannelClosed, ChannelBroken) as error:
         print(type(error).__name__, flush=True)
