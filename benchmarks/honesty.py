@@ -15,6 +15,7 @@ import json
 import os
 import statistics
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +31,8 @@ DEFAULT_MODEL = Path(__file__).resolve().parents[1] / ".models" / "SmolLM2-135M-
 TOLERANCE = 0.15
 TIMEOUT_S = 180.0
 WARM_UP_TOKENS = 8
+#: Links are judged by the probes of half a minute; those of the start waited for daemons that were loading.
+SETTLE_S = 40.0
 CPU = "cpu,threads=1,memory={}MiB"
 
 
@@ -170,6 +173,9 @@ def measure(
         pairs = (("a", "b"), ("a", "c"), ("b", "c"))
         rtts = {frozenset(pair): rtt for pair, rtt in zip(pairs, world.rtts_ms, strict=True) if rtt}
         with Fleet(sites, rtts_ms=rtts, settings={"reserve": 0.0}) as fleet:
+            wait_converged(fleet, "a", TIMEOUT_S)
+            if rtts:
+                time.sleep(SETTLE_S)
             snapshot = wait_converged(fleet, "a", TIMEOUT_S)
             if devices is not None:
                 devices[world.name] = snapshot.to_dict()

@@ -266,7 +266,8 @@ class Assembler:
 
     def middle(self, island: Island) -> Fit | None:
         """The island in the middle of a ring, by speed or else so that it holds most; devices alike share an answer."""
-        key = tuple((node.site != island[0].site, node.speed, node.flops, node.usable_bytes) for node in island)
+        away = island[0].site
+        key = tuple((node.site != away, node.speed, node.flops, node.usable_bytes, node.pace) for node in island)
         path = self.picture.path(island[0].site, island[0].site)
         if len({node.site for node in island}) > 1:
             return self._fit(island, "speed", False, False) or self._fit(island, "memory", False, False)

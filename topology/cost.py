@@ -17,7 +17,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from topology.model import ModelSpec
@@ -146,7 +146,8 @@ def fit(
     worst = slowest_path(picture, nodes)
     if count > model.kv_heads or count > model.intermediate or not worst.reachable:
         return None
-    shares = _shares(model, context, nodes, policy, first=first, last=last, requests=requests, layers=layers)
+    busy = beside(nodes)
+    shares = _shares(model, context, busy, policy, first=first, last=last, requests=requests, layers=layers)
     if shares is None:
         return None
     kv_heads, columns, vocabulary = shares
@@ -170,9 +171,9 @@ def fit(
         return None
     ranks = range(count)
     cached = [kv_bytes(model, width(g), context) / 2 for g in kv_heads]
-    attention_s = max((attention_bytes(model, width(kv_heads[i])) + cached[i]) / nodes[i].speed for i in ranks)
-    mlp_s = max(mlp_bytes(model, width(columns[i])) / nodes[i].speed for i in ranks)
-    head_s = max(width(vocabulary[i]) * model.row_bytes / nodes[i].speed for i in ranks) if last else 0.0
+    attention_s = max((attention_bytes(model, width(kv_heads[i])) + cached[i]) / busy[i].speed for i in ranks)
+    mlp_s = max(mlp_bytes(model, width(columns[i])) / busy[i].speed for i in ranks)
+    head_s = max(width(vocabulary[i]) * busy[i].row_s for i in ranks) if last else 0.0
     gather_s = worst.transfer_s(model.vocab * LOGIT_BYTES) if last and count > 1 else 0.0
     tokens = min(PREFILL_TOKENS, context)
     return Fit(
@@ -184,15 +185,27 @@ def fit(
         layer_bytes=layer_bytes,
         fixed_bytes=fixed_bytes,
         capacity=capacity,
-        layer_s=attention_s + mlp_s + overhead_s(nodes),
+        layer_s=attention_s + mlp_s + overhead_s(busy),
         layer_network_s=2 * _all_reduce_s(worst, count, model.activation_bytes),
         head_s=head_s,
         head_network_s=gather_s,
-        prefill_layer_s=overhead_s(nodes)
-        + max(_prefill_s(model, nodes[i], width(kv_heads[i]), 0, tokens) for i in ranks)
-        + max(_prefill_s(model, nodes[i], 0, width(columns[i]), tokens) for i in ranks),
+        prefill_layer_s=overhead_s(busy)
+        + max(_prefill_s(model, busy[i], width(kv_heads[i]), 0, tokens) for i in ranks)
+        + max(_prefill_s(model, busy[i], 0, width(columns[i]), tokens) for i in ranks),
         prefill_layer_network_s=2 * _all_reduce_s(worst, count, tokens * model.activation_bytes),
     )
+
+
+def beside(nodes: tuple[Node, ...]) -> tuple[Node, ...]:
+    """The nodes as slow as they are while the others of their sites compute with them."""
+    sites = Counter(node.site for node in nodes)
+    return tuple(_slowed(node) if sites[node.site] > 1 and node.together > 1 else node for node in nodes)
+
+
+def _slowed(node: Node) -> Node:
+    factor = node.together
+    layer_s = None if node.layer_s is None else node.layer_s * factor
+    return replace(node, speed=node.speed / factor, layer_s=layer_s, row_s=node.row_s * factor)
 
 
 def ends_bytes(model: ModelSpec, rank: int, rows: int, *, first: bool, last: bool) -> int:
@@ -309,7 +322,7 @@ def _demand(
         rows=-(-model.vocab // row_unit) if last else 0,
         group_s=group_s,
         column_s=column_s,
-        row_s=[row_unit * model.row_bytes / node.speed for node in nodes],
+        row_s=[row_unit * node.row_s for node in nodes],
         room=[node.usable_bytes - base - end for node, end in zip(nodes, ends, strict=True)],
         group_bytes=layers * (group + kv_bytes(model, 1, context * requests))
         + activation_bytes(model, 1, 0, context)

@@ -246,7 +246,7 @@ def _kinds(sites: Iterable[tuple[Node, ...]]) -> list[list[Node]]:
     found: dict[tuple[object, ...], list[Node]] = {}
     for nodes in sites:
         for node in nodes:
-            key = (node.site, node.speed, node.flops, node.usable_bytes, node.price_per_hour, node.layer_s)
+            key = (node.site, node.speed, node.flops, node.usable_bytes, node.price_per_hour, node.pace)
             found.setdefault(key, []).append(node)
     return list(found.values())
 

@@ -193,9 +193,9 @@ def _orders(nodes: Sequence[Node]) -> list[list[Node]]:
 
 def _distinct(nodes: Sequence[Node]) -> list[Node]:
     """One of each kind: of devices equally fast and roomy, the first by name stands for all."""
-    kinds: dict[tuple[float, float, int, float | None], Node] = {}
+    kinds: dict[tuple[object, ...], Node] = {}
     for node in sorted(nodes, key=lambda node: node.rank):
-        kinds.setdefault((node.speed, node.flops, node.usable_bytes, node.layer_s), node)
+        kinds.setdefault((node.speed, node.flops, node.usable_bytes, node.pace), node)
     return list(kinds.values())
 
 

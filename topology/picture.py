@@ -31,6 +31,8 @@ MAX_AGE_S: Final = 1e9
 MAX_LOAD: Final = 0.99
 #: Seconds of a layer, or of a row of a matrix, beside its bytes: more is no device to decode on.
 MAX_LAYER_S: Final = 1.0
+#: Devices of a site do not hold one another up more than this.
+MAX_TOGETHER: Final = 8.0
 #: Most that an hour of a device or a site is believed to cost.
 MAX_PRICE: Final = 1e6
 
@@ -48,7 +50,8 @@ LOCAL_BANDWIDTH: Final = 125e6
 class Node:
     """A usable device. `speed` is weight bytes/s in decoding, `flops` FLOP/s, `usable_bytes` what a plan may take.
 
-    `layer_s` is what a layer costs beside its bytes, None where nobody measured it.
+    `layer_s` is what a layer costs beside its bytes, None where nobody measured it, and `row_s` a row of the head.
+    `together`: how many times as long it takes beside another device of its site that computes at the same time.
     """
 
     site: str
@@ -58,6 +61,8 @@ class Node:
     usable_bytes: int
     price_per_hour: float = 0.0
     layer_s: float | None = None
+    row_s: float = 0.0
+    together: float = 1.0
     _hash: int = field(init=False, repr=False, compare=False, default=0)
 
     def __post_init__(self) -> None:
@@ -71,6 +76,11 @@ class Node:
     def key(self) -> str:
         """`site/device`, as `topology.plan.Shard.key`."""
         return f"{self.site}/{self.name}"
+
+    @property
+    def pace(self) -> tuple[float | None, float, float]:
+        """What is measured of its decoding beside `speed`: devices that are alike are alike in this too."""
+        return self.layer_s, self.row_s, self.together
 
     @property
     def rank(self) -> tuple[float, str, str]:
@@ -197,11 +207,13 @@ def _node(site: Site, device: Device, model: ModelSpec, reserve: bool, notes: li
     # At a batch of one a weight is read once for two operations: the roofline's lower branch is nearly always it.
     idle = 1 - device.load
     speed, layer_s = min(device.memory_bandwidth, flops * model.weight_bytes / 2), None
+    row_s, together = model.row_bytes / speed, 1.0
     measured = device.decoding.get(model.dtype)
     if measured is not None and model.weight_bytes == model.element_bytes:
         if _decodes(measured):
             speed, layer_s = _decoding(measured, model)
             layer_s /= idle
+            row_s, together = measured.row_s + model.row_bytes / measured.bandwidth, measured.together
         else:
             notes.append(f"{site.name}/{device.name} tells impossible times of {model.dtype} layers; they do not count")
     speed *= idle
@@ -210,7 +222,8 @@ def _node(site: Site, device: Device, model: ModelSpec, reserve: bool, notes: li
     usable = max(math.floor(free - kept), 0)
     if not usable:
         return None
-    return Node(site.name, device.name, speed, flops * idle, usable, device.price_per_hour, layer_s)
+    row_s /= idle
+    return Node(site.name, device.name, speed, flops * idle, usable, device.price_per_hour, layer_s, row_s, together)
 
 
 def _decodes(measured: Decoding) -> bool:
@@ -218,6 +231,8 @@ def _decodes(measured: Decoding) -> bool:
         _within(measured.layer_s, MAX_LAYER_S, zero=True)
         and _within(measured.row_s, MAX_LAYER_S, zero=True)
         and _within(measured.bandwidth, MAX_MEMORY_BANDWIDTH)
+        and _within(measured.together, MAX_TOGETHER)
+        and measured.together >= 1.0
     )
 
 

@@ -29,12 +29,14 @@ class Decoding:
     """What one-row products cost a device in one dtype, fitted to layers of several widths that it really computed.
 
     A layer takes `layer_s` whatever its size, `row_s` for each output row of its matrices, and its bytes at `bandwidth`
-    bytes/s: short rows are slower a byte than long ones.
+    bytes/s: short rows are slower a byte than long ones. `together` times as long, 1 or more, where another device of
+    the site computes at the same time: cores share memory bandwidth and caches.
     """
 
     layer_s: float
     row_s: float
     bandwidth: float
+    together: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

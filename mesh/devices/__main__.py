@@ -91,7 +91,15 @@ def _measured(load_torch: Callable[[], Any], found: Found, threads: int) -> Spee
             clock=time.thread_time if found.kind == "cpu" and threads == 1 else time.perf_counter,
             layers=layers.decoding,
         )
-        return replace(speed, exchange_s=partner.exchange_s(torch))
+        decoding = dict(speed.decoding)
+        exchange_s = None
+        for dtype in decoding if found.kind == "cpu" and threads == 1 else list(decoding)[:1]:
+            company = partner.company(torch, dtype)
+            if dtype == "float32":
+                exchange_s = company.exchange_s
+            if found.kind == "cpu" and company.together is not None:
+                decoding[dtype] = replace(decoding[dtype], together=company.together)
+        return replace(speed, decoding=decoding, exchange_s=exchange_s)
 
 
 def _load_torch() -> Any:

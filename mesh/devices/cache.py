@@ -20,11 +20,12 @@ from typing import Any
 
 from mesh.devices.calibration import Speed
 from mesh.peer.datadir import write_atomically
+from topology.picture import MAX_TOGETHER
 from topology.snapshot import Decoding
 
 FILE_NAME = "calibration.json"
 #: Raised whenever the way of measuring changes, so that old figures are measured again.
-_FORMAT = 2
+_FORMAT = 3
 _BOUNDS = (1e3, 1e18)
 _MOST_S = 1.0
 _MOST_ENTRIES = 64
@@ -94,6 +95,8 @@ def _checked(entry: Any) -> Speed | None:
     times = [exchange_s or 0.0, *(time for each in decoding.values() for time in (each.layer_s, each.row_s))]
     if not all(map(_brief, times)) or not all(_sane(each.bandwidth) for each in decoding.values()):
         return None
+    if not all(_sane(each.together, (1.0, MAX_TOGETHER)) for each in decoding.values()):
+        return None
     return Speed(
         {name: float(figure) for name, figure in flops.items()},
         float(bandwidth or 0.0),
@@ -106,10 +109,10 @@ def _brief(seconds: Any) -> bool:
     return isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 <= seconds <= _MOST_S
 
 
-def _sane(figure: Any) -> bool:
+def _sane(figure: Any, bounds: tuple[float, float] = _BOUNDS) -> bool:
     if isinstance(figure, bool) or not isinstance(figure, int | float):
         return False
-    return math.isfinite(figure) and _BOUNDS[0] <= figure <= _BOUNDS[1]
+    return math.isfinite(figure) and bounds[0] <= figure <= bounds[1]
 
 
 @contextlib.contextmanager

@@ -1,7 +1,9 @@
-"""What an all-reduce between two workers of this machine takes: two processes over TCP, as two shards of a stage are.
+"""What two workers of a machine cost each other: two processes that decode together, as two shards of a stage do.
 
-Between two all-reduces each computes about as long as half a layer, so that the exchange is met as in a step: with
-cold caches, and with a neighbour that is not ready at the same instant. What a round takes beyond the computing counts.
+Both compute the same layers of made-up weights (`mesh.devices.layers`). Side by side they share what memory bandwidth
+and caches the machine has: a step takes longer than alone (`Decoding.together`). With an all-reduce after each half of
+a layer it takes longer still, and that is what an exchange costs, met as in a step: with cold caches, and with a
+neighbour that is not ready at the same instant.
 
     python -m mesh.devices.exchange
 
@@ -19,21 +21,38 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from mesh.devices.layers import Sample, stack
+from topology.picture import MAX_TOGETHER
 from transport import Acceptor, Channel, TransportError, connect_channel, open_fabric
+from transport.collectives import Group
 
-#: Rounds in a row, how many of those at most, and for how long more are begun.
-ROUNDS, TURNS, PATIENCE_S = 50, 4, 0.6
-#: A hidden state of a narrow model in float32: what latency is all of.
-_ELEMENTS = 576
-#: Rows and columns of the product between two rounds: 8 MB, about half a millisecond and beyond the inner caches.
-_ROWS, _COLUMNS = 2048, 1024
+#: Half a shard of a narrow model: what two workers of one machine compute is small, or one of them would do.
+_SAMPLE = Sample(512, 4, 1536, 2)
+#: Together 100 MB and more in a dtype of four bytes: beyond the caches.
+LAYERS = 24
+#: Steps of each kind in a row, how many turns of those at most, and for how long more turns are begun.
+STEPS, TURNS, PATIENCE_S = 8, 6, 1.0
 #: The other process loads torch, from a cold disk perhaps.
 _START_S = 30.0
+#: One all-reduce. Also how long the other process computes by itself before it looks for a word.
 _ROUND_S = 5.0
 #: Beyond these bounds lies a mistake, and not a loopback.
 _BOUNDS_S = (1e-6, 1e-3)
+_BESIDE, _REDUCE, _REST = b"beside", b"reduce", b"rest"
+
+
+@dataclass(frozen=True, slots=True)
+class Company:
+    """What a neighbour costs. `together`: a step beside it over one alone, 1 or more. `exchange_s`: one all-reduce.
+
+    None where it could not be measured, or only a busy machine.
+    """
+
+    together: float | None = None
+    exchange_s: float | None = None
 
 
 class Partner:
@@ -54,6 +73,7 @@ class Partner:
         with contextlib.suppress(BrokenPipeError):  # ended already: `ready` says so
             self._tell(f"{self._acceptor.address.hex()} {self._key.hex()}\n")
         self._channel: Channel | None = None
+        self._group: Group | None = None
 
     def __enter__(self) -> Partner:
         return self
@@ -81,56 +101,83 @@ class Partner:
             self._fabric.wait(0.02)
         return self._channel is not None
 
-    def exchange_s(self, torch: Any, clock: Callable[[], float] = time.monotonic) -> float | None:
-        """Seconds of one all-reduce of a short vector; None where it could not be measured, or only a busy machine."""
+    def company(self, torch: Any, dtype: str, clock: Callable[[], float] = time.monotonic) -> Company:
+        """Measure in one dtype, on one thread of the CPU. About as long as `PATIENCE_S`."""
         if not self.ready():
-            return None
+            return Company()
         assert self._channel is not None
-        from transport.collectives import Group
-
-        group = Group(0, 2, {1: self._channel})
+        channel = self._channel
+        self._group = group = self._group or Group(0, 2, {1: channel})  # it counts what both have done
+        torch.set_num_threads(1)
         alone: list[float] = []
-        together: list[float] = []
-        end = clock() + PATIENCE_S
+        beside: list[float] = []
+        reduced: list[float] = []
+
+        def tell(order: bytes) -> None:
+            channel.send(order, dtype.encode())
+            channel.receive(_START_S)  # it is done with what was before, and begins
+
         try:
-            while not alone or (len(alone) < ROUNDS * TURNS and clock() < end):
-                self._channel.send(b"again")
-                _rounds(torch, group, alone, together)
+            with torch.inference_mode():
+                layers = _Layers(torch, dtype, group)
+                tell(_REST)
+                end = clock() + PATIENCE_S
+                while not alone or (len(alone) < STEPS * TURNS and clock() < end):
+                    alone += layers.steps()
+                    tell(_BESIDE)
+                    beside += layers.steps()
+                    tell(_REDUCE)
+                    reduced += layers.steps(reducing=True)
         except TransportError:
-            return None
-        return typical_s(alone, together)
+            return Company()
+        return judged(alone, beside, reduced)
 
 
-def typical_s(alone: list[float], together: list[float]) -> float | None:
-    """The median of rounds of computing and reducing, less that of computing alone; None out of bounds.
+def judged(alone: list[float], beside: list[float], reduced: list[float]) -> Company:
+    """What steps of `LAYERS` layers say: seconds alone, beside a neighbour, and beside it with all-reduces.
 
-    Not the lower quartile: that one shard is late now and then is what an all-reduce costs, and no disturbance of it.
+    Medians, not the lower quartile: that one shard is late now and then is what an all-reduce costs.
     """
-    found = statistics.median(together) - statistics.median(alone)
-    return found if _BOUNDS_S[0] <= found <= _BOUNDS_S[1] else None
+    by_itself, in_company, together = map(statistics.median, (alone, beside, reduced))
+    slower = max(in_company / by_itself, 1.0)
+    exchange_s = (together - in_company) / (2 * LAYERS)
+    return Company(
+        slower if slower <= MAX_TOGETHER else None,
+        exchange_s if _BOUNDS_S[0] <= exchange_s <= _BOUNDS_S[1] else None,
+    )
 
 
-def _rounds(torch: Any, group: Any, alone: list[float], together: list[float]) -> None:
-    """`ROUNDS` times of computing alone, and of computing and reducing."""
-    torch.set_num_threads(1)
-    weight, row = torch.ones(_ROWS, _COLUMNS), torch.ones(1, _COLUMNS)
-    vector = torch.zeros(1, _ELEMENTS)
-    with torch.inference_mode():
-        for _ in range(ROUNDS):
+class _Layers:
+    """Layers to step through, with all-reduces while `reducing`."""
+
+    def __init__(self, torch: Any, dtype: str, group: Group) -> None:
+        self.reducing = False
+        self._group = group
+        self.step = stack(torch, "cpu", dtype, _SAMPLE, LAYERS, self._reduce)
+        self.step()  # touches pages
+
+    def _reduce(self, tensor: Any) -> None:
+        if self.reducing:
+            self._group.all_reduce_(tensor, _ROUND_S)
+
+    def steps(self, *, reducing: bool = False) -> list[float]:
+        """Seconds of each of `STEPS` steps, behind one that fetches what others have pushed out of the caches."""
+        self.reducing = reducing
+        self.step()
+        times = []
+        for _ in range(STEPS):
             began = time.perf_counter()
-            torch.nn.functional.linear(row, weight)
-            computed = time.perf_counter()
-            group.all_reduce_(vector, _ROUND_S)
-            alone.append(computed - began)
-            together.append(time.perf_counter() - began)
+            self.step()
+            times.append(time.perf_counter() - began)
+        self.reducing = False
+        return times
 
 
 def main() -> int:
     """The other process."""
     import torch
 
-    from transport.collectives import Group
-
+    torch.set_num_threads(1)
     address, key = sys.stdin.readline().split()
     # The parent may be killed, and then nobody answers.
     threading.Thread(target=_end_with_input, daemon=True).start()
@@ -139,10 +186,23 @@ def main() -> int:
         fabric, bytes.fromhex(address), name="the calibration", key=bytes.fromhex(key), hello=b"exchange"
     )
     group = Group(1, 2, {0: channel})
+    kept: dict[str, _Layers] = {}
     try:
-        while True:
-            channel.receive(_START_S)
-            _rounds(torch, group, [], [])
+        with torch.inference_mode():
+            order = channel.receive(_START_S)
+            while True:
+                dtype = bytes(order.payload).decode()
+                if dtype not in kept:
+                    kept = {dtype: _Layers(torch, dtype, group)}
+                channel.send(b"")
+                if order.meta == _REDUCE:
+                    kept[dtype].steps(reducing=True)
+                elif order.meta == _BESIDE:
+                    while (next_order := channel.poll()) is None:
+                        kept[dtype].step()
+                    order = next_order
+                    continue
+                order = channel.receive(_START_S)
     except TransportError:
         return 0
     finally:

@@ -87,7 +87,7 @@ def decoding(
         return None
     end = clock() + _PATIENCE_S
     try:
-        probe = _stack(torch, torch_device, dtype, samples[1], 1)
+        probe = stack(torch, torch_device, dtype, samples[1], 1)
         probe()  # loads kernels and touches pages
         began = clock()
         probe()
@@ -95,7 +95,7 @@ def decoding(
             raise Busy
         runs = []
         for pair in zip(samples, counts, strict=True):
-            runs.append(_stack(torch, torch_device, dtype, *pair))
+            runs.append(stack(torch, torch_device, dtype, *pair))
             _hurry(clock, end)
         rounds: list[list[float]] = []
         while not rounds or (len(rounds) < _ROUNDS and clock() < end):
@@ -149,8 +149,15 @@ class _Weights:
         pass
 
 
-def _stack(torch: Any, torch_device: str, dtype: str, sample: Sample, layers: int) -> Callable[[], object]:
-    """One decoding step through so many layers."""
+def stack(  # noqa: PLR0917 - what to build, and one thing to do with it
+    torch: Any,
+    torch_device: str,
+    dtype: str,
+    sample: Sample,
+    layers: int,
+    all_reduce: Callable[[Any], None] | None = None,
+) -> Callable[[], object]:
+    """One decoding step through so many layers; `all_reduce` takes the hidden state, twice a layer."""
     from mesh.runtime.assignment import Assignment
     from mesh.runtime.cache import KVCache
     from mesh.runtime.fused import FusedLayer, FusedStack
@@ -207,13 +214,13 @@ def _stack(torch: Any, torch_device: str, dtype: str, sample: Sample, layers: in
         f"model.layers.{index}.{module}.weight": size for index in range(layers) for module, size in blocks.items()
     }
     source = ModelSource(Path("calibration"), {}, _Weights(names), gguf=False)
-    stack = FusedStack(shape, assignment)
+    layered = FusedStack(shape, assignment)
     for index in range(layers):
-        stack.layers[index] = FusedLayer(index, shape, source, assignment, {})
+        layered.layers[index] = FusedLayer(index, shape, source, assignment, {})
     options = {"dtype": getattr(torch, dtype), "device": torch.device(torch_device)}
     cache = KVCache(layers=layers, kv_heads=groups, head_dim=_HEAD_DIM, context=2 * _POSITION, **options)
     sequence = cache.open("calibration", 0, _POSITION + 1)
     for buffer in sequence.buffers:
         buffer.zero_()  # what lies in fresh memory may be no numbers, or slow ones
     x = torch.full((1, sample.hidden), 0.1, **options)
-    return lambda: stack.run(x, _POSITION, sequence, None)
+    return lambda: layered.run(x, _POSITION, sequence, all_reduce)

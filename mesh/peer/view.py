@@ -20,6 +20,7 @@ from mesh.jobs.peers import PeerCalls
 from mesh.peer.calls import RemotePeer
 from mesh.peer.pairs import links_between
 from topology.displace import RunningJob
+from topology.picture import MAX_TOGETHER
 from topology.snapshot import Decoding, Device, Site, Snapshot
 
 logger = logging.getLogger(__name__)
@@ -199,4 +200,5 @@ def _decoding(figures: Mapping[str, Any]) -> Decoding:
         layer_s=_number(figures["layer_s"], MAX_LAYER_S),
         row_s=_number(figures["row_s"], MAX_LAYER_S),
         bandwidth=_number(figures["bandwidth"], MAX_SPEED),
+        together=max(1.0, _number(figures.get("together", 1.0), MAX_TOGETHER)),
     )

@@ -8,7 +8,7 @@ import pytest
 
 from mesh.devices import layers
 from mesh.devices.calibration import Busy
-from mesh.devices.exchange import Partner, typical_s
+from mesh.devices.exchange import LAYERS, Company, Partner, judged
 from mesh.devices.layers import Sample, decoding, fit
 
 
@@ -66,25 +66,31 @@ def test_a_machine_too_busy_to_be_measured_is_left_at_once(monkeypatch: pytest.M
             assert len(runs) == begun
 
 
-def test_an_exchange_is_what_a_round_takes_beyond_computing() -> None:
-    alone = [5e-4] * 8
-    assert typical_s(alone, [5.5e-4] * 6 + [9e-3] * 2) == pytest.approx(5e-5)
-    assert typical_s(alone, [9e-3] * 8) is None  # a busy machine, not the loopback
-    assert typical_s(alone, alone) is None
+def test_an_exchange_is_what_a_step_takes_beyond_computing_in_company() -> None:
+    alone, beside = [1e-2] * 8, [1.2e-2] * 8
+    found = judged(alone, beside, [1.2e-2 + 2 * LAYERS * 5e-5] * 6 + [9e-1] * 2)
+    assert found.together == pytest.approx(1.2)
+    assert found.exchange_s == pytest.approx(5e-5)
+    assert judged(alone, beside, [9e-1] * 8).exchange_s is None  # a busy machine, not the loopback
+    assert judged(alone, beside, beside).exchange_s is None
+    assert judged(alone, [9e-1] * 8, [9e-1] * 8) == Company()
+    assert judged(beside, alone, beside).together == 1.0  # nobody is faster for company
 
 
-def test_two_real_processes_exchange_or_say_that_they_could_not() -> None:
+def test_two_real_processes_compute_together_or_say_that_they_could_not() -> None:
     torch = pytest.importorskip("torch")
     threads = torch.get_num_threads()
     try:
         with Partner() as partner:
             assert partner.ready()
-            found = partner.exchange_s(torch)
+            found = [partner.company(torch, dtype) for dtype in ("float32", "bfloat16")]
     finally:
         torch.set_num_threads(threads)
-    assert found is None or 1e-6 <= found <= 1e-3
+    for each in found:
+        assert each.exchange_s is None or 1e-6 <= each.exchange_s <= 1e-3
+        assert each.together is None or each.together >= 1.0
 
 
 def test_a_partner_that_ends_at_once_is_no_exchange() -> None:
     with Partner(("true",)) as partner:
-        assert partner.exchange_s(None) is None
+        assert partner.company(None, "float32") == Company()
