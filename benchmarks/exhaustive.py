@@ -3,7 +3,8 @@
     python -m benchmarks.exhaustive [--meshes 300] [--seed 0] [--objective latency]... [--json]
 
 Every way to form stages of any of the devices is tried, with every lead, every split of the layers, and every cut of
-KV-head groups, columns and vocabulary in the units that the planner cuts in. Only the cost model is shared with the
+KV-head groups (of query heads where there are more devices than KV heads), columns and vocabulary in the units that the
+planner cuts in, in the order of the shards. Only the cost model is shared with the
 planner (`topology.cost`, `topology.picture`); nothing of its search is. Partial plans that are no better than the best
 whole one are cut off, which loses nothing: every part of a plan takes time.
 """
@@ -114,8 +115,9 @@ class Exhaustive:
         for mask in range(1, 1 << len(self.nodes)):
             island = [node for i, node in enumerate(self.nodes) if mask >> i & 1]
             worst = model_cost.slowest_path(self.picture, tuple(island))
-            if len(island) > self.model.kv_heads or not worst.reachable:
+            if len(island) > self.model.heads or not worst.reachable:
                 continue
+            island.sort(key=lambda node: node.rank)
             for lead in island:
                 nodes = (lead, *(node for node in island if node is not lead))
                 token_s, first_s = self._times(nodes, first, last)
@@ -128,57 +130,69 @@ class Exhaustive:
     def _times(self, nodes: tuple[Node, ...], first: bool, last: bool) -> tuple[Array, Array]:
         """Least seconds of 1..L layers over every cut of groups, columns and rows; infinite where none fits."""
         model, count = self.model, len(nodes)
-        unit = model_cost.CUT_UNIT if -(-model.intermediate // model_cost.CUT_UNIT) >= count else 1
-        row_unit = model_cost.CUT_UNIT if -(-model.vocab // model_cost.CUT_UNIT) >= count else 1
-        cuts = [
-            list(compositions(model.kv_heads, count)),
+        unit = model_cost.cut_unit(model.intermediate, count)
+        row_unit = model_cost.cut_unit(model.vocab, count)
+        group = model.heads // model.kv_heads
+        unit_heads, units = (group, model.kv_heads) if count <= model.kv_heads else (1, model.heads)
+        heads = np.array(list(compositions(units, count))).reshape(-1, count) * unit_heads
+        stops = heads.cumsum(axis=1)
+        groups = -(-stops // group) - (stops - heads) // group
+        rest = [
             list(compositions(-(-model.intermediate // unit), count)),
             list(compositions(-(-model.vocab // row_unit), count)) if last else [(0,) * count],
         ]
+        others = np.array([(*c, *v) for c, v in itertools.product(*rest)]).reshape(-1, 2, count)
+        columns, rows = others[:, 0] * unit, others[:, 1] * row_unit
         worst = model_cost.slowest_path(self.picture, nodes)
         tokens = min(model_cost.PREFILL_TOKENS, CONTEXT)
-        every = np.array([(*g, *c, *v) for g, c, v in itertools.product(*cuts)]).reshape(-1, 3, count)
-        groups, columns, rows = every[:, 0], every[:, 1] * unit, every[:, 2] * row_unit
         speed = np.array([node.speed for node in nodes])
         flops = np.array([node.flops for node in nodes])
-        attention = groups * model_cost.attention_bytes(model, 1)
+        attention = heads * model_cost.attention_bytes(model, 0, 1) + groups * model_cost.attention_bytes(model, 1, 0)
         mlp = columns * model_cost.mlp_bytes(model, 1)
         cache = groups * model_cost.kv_bytes(model, 1, CONTEXT)
-        layer = attention + mlp + 2 * model.row_bytes + cache
-        # Working memory is linear in groups and columns.
+        # Working memory is linear in query heads, KV heads and columns.
         zero = model_cost.activation_bytes(model, 0, 0, CONTEXT)
-        fixed = (
-            zero
-            + groups * (model_cost.activation_bytes(model, 1, 0, CONTEXT) - zero)
-            + columns * (model_cost.activation_bytes(model, 0, 1, CONTEXT) - zero)
-        )
+        held = heads * (model_cost.activation_bytes(model, 0, 0, CONTEXT, 1) - zero)
+        held += groups * (model_cost.activation_bytes(model, 1, 0, CONTEXT, 0) - zero)
+        fixed = zero + columns * (model_cost.activation_bytes(model, 0, 1, CONTEXT) - zero)
         for rank in range(count):
             ends = [model_cost.ends_bytes(model, rank, n, first=first, last=last) for n in (0, 1)]
             fixed[:, rank] += ends[0] + rows[:, rank] * (ends[1] - ends[0])
         usable = np.array([node.usable_bytes for node in nodes])
-        capacity = ((usable - fixed) // layer).min(axis=1)
         reduces = 0.0 if count == 1 else 2 * worst.transfer_s((count - 1) * model.activation_bytes)
-        layer_s = ((attention + cache / 2) / speed).max(axis=1) + (mlp / speed).max(axis=1)
-        layer_s = layer_s + model_cost.LAYER_OVERHEAD_S + reduces
+        attention_s = ((attention + cache / 2) / speed).max(axis=1)
+        layer_s = (mlp / speed).max(axis=1) + model_cost.LAYER_OVERHEAD_S + reduces
         head_s = (rows * model.row_bytes / speed).max(axis=1)
         if last and count > 1:
             head_s = head_s + worst.transfer_s(model.vocab * model_cost.LOGIT_BYTES)
         many = 0.0 if count == 1 else 2 * worst.transfer_s((count - 1) * tokens * model.activation_bytes)
-        query_heads = model.heads // model.kv_heads
-        scores = 2 * tokens**2 * groups * query_heads * model.head_dim
+        scores = 2 * tokens**2 * heads * model.head_dim
         attention_ops = 2 * attention / model.weight_bytes * tokens + scores
+        prefill_attention_s = np.maximum(attention_ops / flops, attention / speed).max(axis=1)
         prefill_s = (
-            np.maximum(attention_ops / flops, attention / speed).max(axis=1)
-            + np.maximum(2 * mlp / model.weight_bytes * tokens / flops, mlp / speed).max(axis=1)
+            np.maximum(2 * mlp / model.weight_bytes * tokens / flops, mlp / speed).max(axis=1)
             + model_cost.LAYER_OVERHEAD_S
             + many
         )
+        layers = np.arange(1, model.layers + 1)
         token_s, first_s = (np.full(model.layers + 1, math.inf) for _ in range(2))
-        for layers in range(1, model.layers + 1):
-            fits = capacity >= layers
-            if fits.any():
-                token_s[layers] = (layers * layer_s + head_s)[fits].min()
-                first_s[layers] = (layers * prefill_s + head_s)[fits].min()
+        bounds = [(layers[:, None] * each + head_s).min(axis=1) for each in (layer_s, prefill_s)]
+        order = np.argsort(attention_s, kind="stable")
+        later_s = np.minimum.accumulate(prefill_attention_s[order][::-1])[::-1]
+        for place, cut in enumerate(order):
+            # No cut from here on is faster in attention than this.
+            if (token_s[1:] <= bounds[0] + layers * attention_s[cut]).all() and (
+                first_s[1:] <= bounds[1] + layers * later_s[place]
+            ).all():
+                break
+            each = (usable - fixed - held[cut]) // (attention[cut] + mlp + 2 * model.row_bytes + cache[cut])
+            capacity = each.min(axis=1)
+            for count_layers in layers[: max(int(capacity.max()), 0)]:
+                fits = capacity >= count_layers
+                taken_s = count_layers * (layer_s + attention_s[cut]) + head_s
+                token_s[count_layers] = min(token_s[count_layers], taken_s[fits].min())
+                taken_s = count_layers * (prefill_s + prefill_attention_s[cut]) + head_s
+                first_s[count_layers] = min(first_s[count_layers], taken_s[fits].min())
         return token_s, first_s
 
     def best(self, objective: str) -> float:

@@ -107,6 +107,7 @@ class Candidate:
                     columns=each.columns[rank],
                     vocabulary=each.vocabulary[rank],
                     memory_bytes=each.fixed_bytes[rank] + layers * each.layer_bytes[rank],
+                    heads=each.heads[rank],
                 )
                 for rank, node in enumerate(each.nodes)
             )

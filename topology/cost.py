@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from topology.headcuts import HeadCut
+from topology.heads import kv_span
 from topology.model import ModelSpec
 from topology.picture import Node, Path, Picture
 from topology.shares import cut
@@ -58,6 +60,7 @@ class Fit:
 
     nodes: tuple[Node, ...]
     policy: str
+    heads: tuple[tuple[int, int], ...]
     kv_heads: tuple[tuple[int, int], ...]
     columns: tuple[tuple[int, int], ...]
     vocabulary: tuple[tuple[int, int], ...]
@@ -82,10 +85,10 @@ def width(span: tuple[int, int]) -> int:
     return span[1] - span[0]
 
 
-def attention_bytes(model: ModelSpec, groups: int) -> int:
-    """Weight bytes of q, k, v and o of one layer for so many KV-head groups."""
-    heads = groups * model.heads // model.kv_heads
-    return math.ceil(2 * model.hidden * model.head_dim * (heads + groups) * model.weight_bytes)
+def attention_bytes(model: ModelSpec, kv_heads: int, heads: int | None = None) -> int:
+    """Weight bytes of q, k, v and o of one layer for so many KV heads and query heads; None: all that use those."""
+    count = kv_heads * model.heads // model.kv_heads if heads is None else heads
+    return math.ceil(2 * model.hidden * model.head_dim * (count + kv_heads) * model.weight_bytes)
 
 
 def mlp_bytes(model: ModelSpec, columns: int) -> int:
@@ -93,16 +96,16 @@ def mlp_bytes(model: ModelSpec, columns: int) -> int:
     return math.ceil(3 * model.hidden * columns * model.weight_bytes)
 
 
-def kv_bytes(model: ModelSpec, groups: int, tokens: int) -> int:
-    """KV-cache bytes of one layer for so many KV-head groups and tokens."""
-    return 2 * groups * model.head_dim * model.element_bytes * tokens
+def kv_bytes(model: ModelSpec, kv_heads: int, tokens: int) -> int:
+    """KV-cache bytes of one layer for so many KV heads and tokens."""
+    return 2 * kv_heads * model.head_dim * model.element_bytes * tokens
 
 
-def activation_bytes(model: ModelSpec, groups: int, columns: int, context: int) -> int:
+def activation_bytes(model: ModelSpec, kv_heads: int, columns: int, context: int, heads: int | None = None) -> int:
     """Working memory of one shard while it computes `PREFILL_CHUNK` tokens: streams, heads, MLP, mask."""
     tokens = min(PREFILL_CHUNK, context)
-    heads = groups * model.heads // model.kv_heads
-    elements = 4 * model.hidden + 2 * (heads + groups) * model.head_dim + 3 * columns
+    count = kv_heads * model.heads // model.kv_heads if heads is None else heads
+    elements = 4 * model.hidden + 2 * (count + kv_heads) * model.head_dim + 3 * columns
     in_float32 = 4 * model.hidden  # the norms compute in float32
     return tokens * (elements * model.element_bytes + in_float32 + context * model.element_bytes)
 
@@ -137,32 +140,32 @@ def fit(
     requests: int = 1,
     layers: int = 0,
 ) -> Fit | None:
-    """Share an island out. None where it cannot work: more devices than KV-head groups, no path, not even one layer.
+    """Share an island out. None where it cannot work: more devices than query heads, no path, not even one layer.
 
     `requests` KV caches of `context` tokens are held at once. Shares by speed hold `layers` layers at least, or None.
     """
     nodes = tuple(sorted(island, key=lambda node: (-node.usable_bytes, node.rank))) if policy == "roomy" else island
     count = len(nodes)
     worst = slowest_path(picture, nodes)
-    if count > model.kv_heads or count > model.intermediate or not worst.reachable:
+    if count > model.heads or count > model.intermediate or not worst.reachable:
         return None
     busy = beside(nodes)
     shares = _shares(model, context, busy, policy, first=first, last=last, requests=requests, layers=layers)
     if shares is None:
         return None
-    kv_heads, columns, vocabulary = shares
+    heads, kv_heads, columns, vocabulary = shares
     norms = 2 * model.row_bytes
     layer_bytes = tuple(
-        attention_bytes(model, width(g))
+        attention_bytes(model, width(g), width(q))
         + mlp_bytes(model, width(c))
         + norms
         + kv_bytes(model, width(g), context * requests)
-        for g, c in zip(kv_heads, columns, strict=True)
+        for q, g, c in zip(heads, kv_heads, columns, strict=True)
     )
     fixed_bytes = tuple(
         ends_bytes(model, rank, width(rows), first=first, last=last)
-        + activation_bytes(model, width(g), width(c), context)
-        for rank, (rows, g, c) in enumerate(zip(vocabulary, kv_heads, columns, strict=True))
+        + activation_bytes(model, width(g), width(c), context, width(q))
+        for rank, (rows, q, g, c) in enumerate(zip(vocabulary, heads, kv_heads, columns, strict=True))
     )
     capacity = min(
         (node.usable_bytes - fixed) // layer for node, fixed, layer in zip(nodes, fixed_bytes, layer_bytes, strict=True)
@@ -171,7 +174,8 @@ def fit(
         return None
     ranks = range(count)
     cached = [kv_bytes(model, width(g), context) / 2 for g in kv_heads]
-    attention_s = max((attention_bytes(model, width(kv_heads[i])) + cached[i]) / busy[i].speed for i in ranks)
+    read = [attention_bytes(model, width(g), width(q)) for g, q in zip(kv_heads, heads, strict=True)]
+    attention_s = max((read[i] + cached[i]) / busy[i].speed for i in ranks)
     mlp_s = max(mlp_bytes(model, width(columns[i])) / busy[i].speed for i in ranks)
     head_s = max(width(vocabulary[i]) * busy[i].row_s for i in ranks) if last else 0.0
     gather_s = worst.transfer_s(model.vocab * LOGIT_BYTES) if last and count > 1 else 0.0
@@ -179,6 +183,7 @@ def fit(
     return Fit(
         nodes=nodes,
         policy=policy,
+        heads=heads,
         kv_heads=kv_heads,
         columns=columns,
         vocabulary=vocabulary,
@@ -190,7 +195,7 @@ def fit(
         head_s=head_s,
         head_network_s=gather_s,
         prefill_layer_s=overhead_s(busy)
-        + max(_prefill_s(model, busy[i], width(kv_heads[i]), 0, tokens) for i in ranks)
+        + max(_prefill_s(model, busy[i], width(kv_heads[i]), 0, tokens, heads=width(heads[i])) for i in ranks)
         + max(_prefill_s(model, busy[i], 0, width(columns[i]), tokens) for i in ranks),
         prefill_layer_network_s=2 * _all_reduce_s(worst, count, tokens * model.activation_bytes),
     )
@@ -247,16 +252,16 @@ def _shares(
     requests: int,
     layers: int,
 ) -> tuple[tuple[tuple[int, int], ...], ...] | None:
-    """Ranges of KV-head groups, MLP columns and head rows by shard; None where a shard has no room at all."""
+    """Ranges of query heads, KV heads, MLP columns and head rows by shard; None where a shard has no room at all."""
     nobody = tuple((0, 0) for _ in nodes)
     if policy in ("speed", "prefill"):
         found = share(_demand(model, context, nodes, policy, first=first, last=last, requests=requests, layers=layers))
         if found is None:
             return None
         groups, parts, rows = found
-        unit, row_unit = _unit(model.intermediate, nodes), _unit(model.vocab, nodes)
+        unit, row_unit = cut_unit(model.intermediate, len(nodes)), cut_unit(model.vocab, len(nodes))
         return (
-            _ranges(groups, 1, model.kv_heads),
+            *_heads(model, groups),
             _ranges(parts, unit, model.intermediate),
             _ranges(rows, row_unit, model.vocab) if last else nobody,
         )
@@ -271,18 +276,32 @@ def _shares(
     ]
     if min(room) <= 0:
         return None
-    kv_heads = tuple(cut(model.kv_heads, room))
+    units = cut(model.kv_heads if len(nodes) <= model.kv_heads else model.heads, room)
+    heads, kv_heads = _heads(model, [width(each) for each in units])
     # KV-head groups are coarse: columns even out what they leave uneven.
-    attention = [attention_bytes(model, width(g)) + kv_bytes(model, width(g), context * requests) for g in kv_heads]
+    attention = [
+        attention_bytes(model, width(g), width(q)) + kv_bytes(model, width(g), context * requests)
+        for q, g in zip(heads, kv_heads, strict=True)
+    ]
     whole = sum(attention) + mlp_bytes(model, model.intermediate)
     target = [whole * space / sum(room) - used for space, used in zip(room, attention, strict=True)]
     columns = tuple(cut(model.intermediate, [max(value, 1.0) for value in target], unit=CUT_UNIT))
-    return kv_heads, columns, vocabulary
+    return heads, kv_heads, columns, vocabulary
 
 
-def _unit(total: int, nodes: tuple[Node, ...]) -> int:
-    """Columns or rows are cut at multiples of `CUT_UNIT` where there are enough of those for everybody."""
-    return CUT_UNIT if -(-total // CUT_UNIT) >= len(nodes) else 1
+def cut_unit(total: int, count: int) -> int:
+    """Columns or rows are cut at multiples of `CUT_UNIT`, or its half where there are too few, and so on."""
+    unit = CUT_UNIT
+    while unit > 1 and -(-total // unit) < count:
+        unit //= 2
+    return unit
+
+
+def _heads(model: ModelSpec, shares: list[int]) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """Ranges of query heads and of KV heads: shares of whole groups, or of query heads where there are too few."""
+    group = model.heads // model.kv_heads
+    heads = _ranges(shares, group if len(shares) <= model.kv_heads else 1, model.heads)
+    return heads, tuple(kv_span(span, group) for span in heads)
 
 
 def _ranges(shares: list[int], unit: int, total: int) -> tuple[tuple[int, int], ...]:
@@ -302,8 +321,13 @@ def _demand(
     layers: int,
 ) -> Demand:
     """What `topology.sharing` must know: everything is linear in groups, columns and rows."""
-    unit, row_unit = _unit(model.intermediate, nodes), _unit(model.vocab, nodes)
+    unit, row_unit = cut_unit(model.intermediate, len(nodes)), cut_unit(model.vocab, len(nodes))
     group = attention_bytes(model, 1)
+    heads = (
+        _head_cut(model, context, nodes, policy, requests=requests, layers=layers)
+        if len(nodes) > model.kv_heads
+        else None
+    )
     columns = mlp_bytes(model, unit)
     if policy == "prefill":
         tokens = min(PREFILL_TOKENS, context)
@@ -331,6 +355,34 @@ def _demand(
         + activation_bytes(model, 0, unit, context)
         - activation_bytes(model, 0, 0, context),
         row_bytes=[a - b for a, b in zip(more, ends, strict=True)],
+        heads=heads,
+    )
+
+
+def _head_cut(
+    model: ModelSpec, context: int, nodes: tuple[Node, ...], policy: str, *, requests: int, layers: int
+) -> HeadCut:
+    """The sharing of query heads over more devices than there are KV heads."""
+    sizes = attention_bytes(model, 0, 1), attention_bytes(model, 1, 0)
+    cached = kv_bytes(model, 1, context) / 2
+    line = [sizes[0] / node.speed for node in nodes], [(sizes[1] + cached) / node.speed for node in nodes]
+    lines: tuple[tuple[list[float], list[float]], ...] = (line,)
+    if policy == "prefill":
+        tokens = min(PREFILL_TOKENS, context)
+        computed = [_attention_operations(model, *each, tokens) for each in ((0, 1), (1, 0))]
+        lines = (
+            ([computed[0] / node.flops for node in nodes], [computed[1] / node.flops for node in nodes]),
+            ([sizes[0] / node.speed for node in nodes], [sizes[1] / node.speed for node in nodes]),
+        )
+    nothing = activation_bytes(model, 0, 0, context)
+    return HeadCut(
+        heads=model.heads,
+        group=model.heads // model.kv_heads,
+        lines=lines,
+        head_bytes=layers * sizes[0] + activation_bytes(model, 0, 0, context, 1) - nothing,
+        kv_bytes=layers * (sizes[1] + kv_bytes(model, 1, context * requests))
+        + activation_bytes(model, 1, 0, context, 0)
+        - nothing,
     )
 
 
@@ -343,9 +395,17 @@ def _all_reduce_s(worst: Path, count: int, size_bytes: int) -> float:
     return worst.transfer_s((count - 1) * size_bytes) if count > 1 else 0.0
 
 
-def _prefill_s(model: ModelSpec, node: Node, groups: int, columns: int, tokens: int) -> float:
-    weights = attention_bytes(model, groups) + mlp_bytes(model, columns)
-    heads = groups * model.heads // model.kv_heads
-    # Scores and their product with the values, over the lower triangle: 2 * 2 * T^2/2 operations a head element.
-    operations = 2 * weights / model.weight_bytes * tokens + 2 * tokens**2 * heads * model.head_dim
+def _prefill_s(
+    model: ModelSpec, node: Node, kv_heads: int, columns: int, tokens: int, *, heads: int | None = None
+) -> float:
+    count = kv_heads * model.heads // model.kv_heads if heads is None else heads
+    weights = attention_bytes(model, kv_heads, count) + mlp_bytes(model, columns)
+    operations = _attention_operations(model, kv_heads, count, tokens)
+    operations += 2 * mlp_bytes(model, columns) / model.weight_bytes * tokens
     return max(operations / node.flops, weights / node.speed)
+
+
+def _attention_operations(model: ModelSpec, kv_heads: int, heads: int, tokens: int) -> float:
+    # Scores and their product with the values, over the lower triangle: 2 * 2 * T^2/2 operations a head element.
+    scores = 2 * tokens**2 * heads * model.head_dim
+    return 2 * attention_bytes(model, kv_heads, heads) / model.weight_bytes * tokens + scores

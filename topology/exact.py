@@ -52,7 +52,7 @@ class Exact:
         self.sites = self.picture.sites
         self.kinds = _kinds(self.picture.nodes[name] for name in self.sites)
         self.counts = tuple(len(kind) for kind in self.kinds)
-        self.widest = min(widest, assembler.model.kv_heads, assembler.model.intermediate)
+        self.widest = min(widest, assembler.model.heads, assembler.model.intermediate)
         self._choices: dict[tuple[str, bool, bool], dict[Vector, Choice]] = {}
         self._bounds = {vector: self._bound(vector) for vector in self._vectors()} if self.affordable else {}
         self._limit_s, self._few = math.inf, False

@@ -6,7 +6,7 @@ from typing import Final
 
 from topology.candidate import Candidate
 from topology.constraints import Constraints
-from topology.cost import TOKEN_BYTES, decode_s, slowest_path, width
+from topology.cost import TOKEN_BYTES, attention_bytes, decode_s, kv_bytes, slowest_path, width
 from topology.errors import megabytes, ms
 from topology.islands import tensor_parallel_rtt_s
 from topology.model import ModelSpec
@@ -41,7 +41,7 @@ def why(request: Request, solution: Solution, displaces: tuple[str, ...] = ()) -
     lines = [_headline(chosen, request.constraints), *_rivals(search, chosen)]
     if search.strategy == "tensor_parallelism":
         lines += _tensor_parallelism(search, chosen)
-    lines += _islands(chosen, picture, model)
+    lines += _islands(chosen, picture, model, request.context * constraints.requests)
     if len(chosen.fits) > 1:
         lines.append(_ring(search, chosen))
     lines.append(bottleneck(chosen, picture, model))
@@ -139,19 +139,27 @@ def _tensor_parallelism(search: Search, chosen: Candidate) -> list[str]:
     return lines
 
 
-def _islands(chosen: Candidate, picture: Picture, model: ModelSpec) -> list[str]:
+def _islands(chosen: Candidate, picture: Picture, model: ModelSpec, context: int) -> list[str]:
     lines = []
-    for each in chosen.fits:
+    for each, layers in zip(chosen.fits, chosen.counts, strict=True):
         if len(each.nodes) < 2:
             continue
-        groups = " + ".join(f"{node.key} {width(span)}" for node, span in zip(each.nodes, each.kv_heads, strict=True))
+        copies = sum(width(span) for span in each.kv_heads) - model.kv_heads
+        cut = each.kv_heads if len(each.nodes) <= model.kv_heads else each.heads
+        groups = " + ".join(f"{node.key} {width(span)}" for node, span in zip(each.nodes, cut, strict=True))
         basis = "measured speed" if each.policy == "speed" else "memory, because shares by speed do not fit"
         worst = slowest_path(picture, each.nodes)
         pays_s = tensor_parallel_rtt_s(model, each.nodes[0].speed, len(each.nodes))
         lines.append(
-            f"KV-head groups by {basis}: {groups}; the round trip inside is {ms(worst.rtt_s)}, "
-            f"tensor parallelism pays below {ms(pays_s)}"
+            f"{'KV-head groups' if cut is each.kv_heads else 'query heads'} by {basis}: {groups}; the round trip "
+            f"inside is {ms(worst.rtt_s)}, tensor parallelism pays below {ms(pays_s)}"
         )
+        if copies > 0:
+            size = layers * copies * (attention_bytes(model, 1, 0) + kv_bytes(model, 1, context))
+            lines.append(
+                f"{len(each.nodes)} devices share {model.kv_heads} KV heads: with {copies} copies "
+                f"of a KV head, {megabytes(size)} of weights and KV cache"
+            )
     return lines
 
 

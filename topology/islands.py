@@ -51,7 +51,7 @@ def site_layouts(nodes: Sequence[Node], model: ModelSpec, strategy: str) -> list
         widest = tensor_island(nodes, model)
         layouts.append(Layout((widest,), widest=True))
         for order in orders:
-            for count in range(2, min(len(order), model.kv_heads) + 1):
+            for count in range(2, min(len(order), model.heads) + 1):
                 layouts.append(Layout((tensor_island(order[:count], model),)))
                 several = _chunks(order, count, model)
                 layouts += [Layout(several[:many]) for many in range(2, len(several) + 1)]
@@ -72,11 +72,16 @@ def cluster_layouts(members: Sequence[Sequence[Node]], model: ModelSpec) -> list
 
 
 def tensor_island(nodes: Iterable[Node], model: ModelSpec) -> Island:
-    """The nodes fastest first, without those too slow to hold one KV-head group of a share by speed."""
-    island = sorted(nodes, key=lambda node: node.rank)[: model.kv_heads]
-    while len(island) > 1 and left_out(model.kv_heads, [node.speed for node in island]):
+    """The nodes fastest first, without those too slow for one KV-head group, or query head, of a share by speed."""
+    island = sorted(nodes, key=lambda node: node.rank)[: model.heads]
+    while len(island) > 1 and left_out(_units(model, len(island)), [node.speed for node in island]):
         island.pop()  # the slowest gets the least: leaving it out may be enough for the next slowest
     return tuple(island)
+
+
+def _units(model: ModelSpec, count: int) -> int:
+    """What is cut for so many shards: KV-head groups as long as there are enough of them."""
+    return model.kv_heads if count <= model.kv_heads else model.heads
 
 
 def clusters(picture: Picture, model: ModelSpec) -> list[frozenset[str]]:
@@ -88,7 +93,7 @@ def clusters(picture: Picture, model: ModelSpec) -> list[frozenset[str]]:
     graph: nx.Graph[str] = nx.Graph()
     graph.add_nodes_from(picture.sites)
     most_s = {name: decode_s(model, picture.nodes[name][-1].speed) / model.layers for name in picture.sites}
-    for a, b in itertools.combinations(picture.sites, 2) if model.kv_heads > 1 else ():
+    for a, b in itertools.combinations(picture.sites, 2) if model.heads > 1 else ():
         there, back = picture.path(a, b), picture.path(b, a)
         rtt_s = max(there.rtt_s, back.rtt_s)
         if rtt_s < max(most_s[a], most_s[b]) and there.reachable and back.reachable and there.measured:
@@ -96,7 +101,7 @@ def clusters(picture: Picture, model: ModelSpec) -> list[frozenset[str]]:
     found: set[frozenset[str]] = set()
     # A dense mesh has more cliques than can be looked at: enough of them, in a fixed order.
     for clique in itertools.islice(nx.find_cliques(graph), MAX_CLUSTERS):
-        for size in range(2, min(len(clique), model.kv_heads, 4) + 1):
+        for size in range(2, min(len(clique), model.heads, 4) + 1):
             groups = itertools.islice(itertools.combinations(sorted(clique), size), 4 * MAX_CLUSTERS)
             found.update(frozenset(group) for group in groups)
     nearest = sorted(
@@ -134,7 +139,7 @@ def _pays(picture: Picture, model: ModelSpec, group: frozenset[str]) -> bool:
 
 def forced_layouts(nodes: Sequence[Node], model: ModelSpec, constraints: Constraints) -> list[Layout]:
     """Layouts under the overrides `stages` and `shards`: every choice of widths that the site's devices allow."""
-    widths = _widths(constraints, min(len(nodes), model.kv_heads))
+    widths = _widths(constraints, min(len(nodes), model.heads))
     most = constraints.stages or len(nodes)
     layouts = []
     for order in _orders(nodes):
@@ -153,7 +158,7 @@ def forced_clusters(picture: Picture, model: ModelSpec, constraints: Constraints
     wanted = {asked} if isinstance(asked, int) else set(asked or ())
     most = max((len(nodes) for nodes in picture.nodes.values()), default=0)
     result: dict[frozenset[str], list[Layout]] = {}
-    for size in sorted(width for width in wanted if most < width <= model.kv_heads):
+    for size in sorted(width for width in wanted if most < width <= model.heads):
         groups = []
         for count in range(2, min(size, len(picture.sites)) + 1):
             for names in itertools.islice(itertools.combinations(picture.sites, count), 4 * MAX_CLUSTERS):

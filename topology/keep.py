@@ -168,7 +168,7 @@ def _filled(search: Search, islands: Sequence[Island | None], best: Candidate) -
     for name in search.picture.sites:
         if name not in used:
             nodes = search.picture.nodes[name]
-            spare += [nodes[:1], nodes[: search.model.kv_heads]]
+            spare += [nodes[:1], nodes[: search.model.heads]]
     spare = list(dict.fromkeys(tuple(sorted(island, key=lambda node: node.rank)) for island in spare))
     lost = [index for index, island in enumerate(islands) if not island]
     for choice in itertools.islice(itertools.permutations(spare, len(lost)), 256):

@@ -17,26 +17,29 @@ class Loaded:
     def __init__(self, search: Search, previous: Plan) -> None:
         model = previous.model
         self._search, self._sites = search, previous.sites
-        self._group_bytes = [attention_bytes(model, groups) for groups in range(model.kv_heads + 1)]
+        self._head_bytes, self._kv_bytes = attention_bytes(model, 0, 1), attention_bytes(model, 1, 0)
         self._column_bytes = mlp_bytes(model, model.intermediate) / model.intermediate
-        self.whole_bytes = model.layers * self._layer((0, model.kv_heads), (0, model.intermediate))
-        #: By `site/device`: layers, KV-head groups and columns, of shards and of standbys.
-        self._spans: dict[str, tuple[Span, Span, Span]] = {}
+        self.whole_bytes = model.layers * self._layer((0, model.kv_heads), (0, model.heads), (0, model.intermediate))
+        #: By `site/device`: layers, KV heads, query heads and columns, of shards and of standbys.
+        self._spans: dict[str, tuple[Span, tuple[Span, Span, Span]]] = {}
         self.bytes_by_device: dict[str, float] = {}
         for stage in previous.stages:
             for shard in stage.shards:
-                self._spans[shard.key] = ((stage.start, stage.end), shard.kv_heads, shard.columns)
-                layer = self._layer(shard.kv_heads, shard.columns)
+                spans = (shard.kv_heads, shard.query_heads(model), shard.columns)
+                self._spans[shard.key] = ((stage.start, stage.end), spans)
+                layer = self._layer(*spans)
                 self.bytes_by_device[shard.key] = (stage.end - stage.start) * layer
         for standby in previous.standbys:
             stage = previous.stages[standby.stage]
             shard = stage.shards[standby.rank]
-            self._spans[standby.key] = ((stage.start, stage.end), shard.kv_heads, shard.columns)
+            spans = (shard.kv_heads, shard.query_heads(model), shard.columns)
+            self._spans[standby.key] = ((stage.start, stage.end), spans)
         self._kept: dict[tuple[object, ...], dict[str, float]] = {}
         self._widest: dict[str, float] = {}
 
-    def _layer(self, groups: Span, columns: Span) -> float:
-        return self._group_bytes[max(width(groups), 0)] + self._column_bytes * max(width(columns), 0)
+    def _layer(self, kv_heads: Span, heads: Span, columns: Span) -> float:
+        each = ((self._kv_bytes, kv_heads), (self._head_bytes, heads), (self._column_bytes, columns))
+        return sum(size * max(width(span), 0) for size, span in each)
 
     def kept_by_device(self, candidate: Candidate) -> dict[str, float]:
         """Bytes that are already where the candidate wants them, by `site/device`."""
@@ -48,10 +51,11 @@ class Loaded:
         for each, layers in zip(candidate.fits, candidate.counts, strict=True):
             for rank, node in enumerate(each.nodes):
                 if node.key in self._spans:
-                    (old_start, old_end), groups, columns = self._spans[node.key]
+                    (old_start, old_end), spans = self._spans[node.key]
                     common = min(start + layers, old_end) - max(start, old_start)
                     if common > 0:
-                        layer = self._layer(_common(each.kv_heads[rank], groups), _common(each.columns[rank], columns))
+                        wanted = (each.kv_heads[rank], each.heads[rank], each.columns[rank])
+                        layer = self._layer(*(_common(a, b) for a, b in zip(wanted, spans, strict=True)))
                         total[node.key] = common * layer
             start += layers
         self._kept[candidate.identity] = total
@@ -67,7 +71,7 @@ class Loaded:
         took_s = 0.0
         for each, layers in zip(candidate.fits, candidate.counts, strict=True):
             for rank, node in enumerate(each.nodes):
-                size = layers * self._layer(each.kv_heads[rank], each.columns[rank])
+                size = layers * self._layer(each.kv_heads[rank], each.heads[rank], each.columns[rank])
                 took_s += (size - kept.get(node.key, 0.0)) / self._bandwidth(node.site)
         return took_s
 

@@ -121,7 +121,7 @@ def _possible(model: ModelSpec, wishes: Constraints, context: int) -> None:
     limits = [
         ("context", context, model.context, "tokens"),
         ("stages", wishes.stages or 1, model.layers, "layers"),
-        ("shards", max(_widths(wishes)), model.kv_heads, "KV-head groups"),
+        ("shards", max(_widths(wishes)), model.heads, "query heads"),
     ]
     missing = tuple(Shortfall(name, want, have, want - have, unit) for name, want, have, unit in limits if want > have)
     if missing:

@@ -7,6 +7,7 @@ from typing import Final
 from topology.candidate import Candidate
 from topology.cost import attention_bytes, mlp_bytes
 from topology.errors import megabytes
+from topology.heads import whole_groups
 from topology.objective import value
 from topology.search import Search
 from topology.snapshot import Held, Snapshot
@@ -48,7 +49,9 @@ def _present(search: Search, candidate: Candidate, held: dict[str, tuple[Held, .
                     common = _overlap((start, start + layers), (entry.start, entry.end))
                     groups = _overlap(each.kv_heads[rank], entry.kv_heads)
                     columns = _overlap(each.columns[rank], entry.columns)
-                    total += common * (attention_bytes(model, groups) + mlp_bytes(model, columns))
+                    there = entry.heads or whole_groups(entry.kv_heads, model.heads // model.kv_heads)
+                    heads = _overlap(each.heads[rank], there)
+                    total += common * (attention_bytes(model, groups, heads) + mlp_bytes(model, columns))
         start += layers
     return total
 

@@ -156,7 +156,7 @@ class Search:
             return []  # devices that serve both ends, and hops that depend on a code, are not in the program
         if not self.picture.sites:
             return []
-        widest = 1 if self.strategy == "pipeline" else self.model.kv_heads
+        widest = 1 if self.strategy == "pipeline" else self.model.heads
         exact = Exact(self.assembler, widest=widest, near=self._clusters, max_s=self._max_work * WORK_S / 4)
         return exact.candidates() if exact.affordable else []
 

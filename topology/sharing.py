@@ -4,6 +4,7 @@ A layer of a stage takes max(attention) + max(MLP), and the last stage max(head)
 groups, MLP columns and head rows are three separate sharings of a whole number of equal units over unequal devices,
 each with the least maximum, that meet only in the devices' memory. Without a shortage of memory each is at its own
 optimum. With one, the coarse KV-head groups are tried in every way (where there are few), columns and rows fill up.
+Where there are more devices than groups, query heads are shared instead (`topology.headcuts`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
+
+import numpy as np
+
+from topology.headcuts import HeadCut
 
 #: Ways to cut the KV-head groups that are all tried; with more, only cuts between the one by speed and that by room.
 LISTED_CUTS: Final = 128
@@ -27,7 +32,8 @@ class Demand:
     """What is to be shared over the devices of an island. Lists are by device; a unit of columns or rows is a few.
 
     `*_s` are seconds a unit (of a layer; of a token for rows), `room` bytes before anything is taken, `*_bytes` what a
-    unit takes for all `layers` together. No rows: `rows` is 0. `layers` 0: memory does not count.
+    unit takes for all `layers` together. No rows: `rows` is 0. `layers` 0: memory does not count. `heads`: instead of
+    whole groups, query heads are shared; then groups stand for nothing.
     """
 
     layers: int
@@ -41,6 +47,7 @@ class Demand:
     group_bytes: float
     column_bytes: float
     row_bytes: Sequence[float]
+    heads: HeadCut | None = None
 
 
 def fair(total: int, seconds: Sequence[float], most: Sequence[int] | None = None) -> list[int] | None:
@@ -73,22 +80,30 @@ def fair(total: int, seconds: Sequence[float], most: Sequence[int] | None = None
 
 
 def share(demand: Demand) -> Shares | None:
-    """Groups, columns and rows by device with the least stage time found that fits; None where nothing was found."""
-    ideal = fair(demand.groups, demand.group_s)
+    """Groups, columns and rows by device with the least stage time found that fits; None where nothing was found.
+
+    Query heads in the place of groups where `demand.heads` says so.
+    """
+    cut = demand.heads
+    ideal = fair(demand.groups, demand.group_s) if cut is None else cut.fastest()
     columns = fair(demand.columns, demand.column_s)
     rows = fair(demand.rows, demand.row_s) if demand.rows else [0] * len(demand.room)
     if ideal is None or columns is None or rows is None:
         return None
     if not demand.layers:
         return ideal, columns, rows
-    least_s = demand.layers * _slowest(columns, demand.column_s) + _slowest(rows, demand.row_s)
+    rows_s = _slowest(rows, demand.row_s)
+    least_s = demand.layers * _slowest(columns, demand.column_s) + rows_s
     best: Shares | None = None
     best_s = math.inf
-    for groups in _cuts(demand, ideal):
-        attention_s = demand.layers * _slowest(groups, demand.group_s)
+    for groups, bound_s in _cuts(demand, ideal) if cut is None else _head_cuts(demand, cut):
+        if bound_s and bound_s + rows_s >= best_s:
+            break  # they come in the order of their bounds
+        attention_s = demand.layers * (_slowest(groups, demand.group_s) if cut is None else cut.slowest(groups))
         if attention_s + least_s >= best_s:
             continue
-        room = [free - demand.group_bytes * g for free, g in zip(demand.room, groups, strict=True)]
+        taken_bytes = [demand.group_bytes * g for g in groups] if cut is None else cut.bytes(groups)
+        room = [free - taken for free, taken in zip(demand.room, taken_bytes, strict=True)]
         for filled, taken in _fillings(demand, room, columns, rows):
             took_s = attention_s + demand.layers * _slowest(filled, demand.column_s) + _slowest(taken, demand.row_s)
             if took_s < best_s:
@@ -100,8 +115,11 @@ def _slowest(shares: Sequence[int], seconds: Sequence[float]) -> float:
     return max(n * each for n, each in zip(shares, seconds, strict=True))
 
 
-def _cuts(demand: Demand, ideal: list[int]) -> Iterator[Sequence[int]]:
-    """Ways to cut the groups: all where they are few, the fastest first; else from the one by speed to that by room."""
+def _cuts(demand: Demand, ideal: list[int]) -> Iterator[tuple[Sequence[int], float]]:
+    """Ways to cut the groups: all where they are few, the fastest first; else from the one by speed to that by room.
+
+    With each a bound on the stage's time by which they are ordered, or 0.
+    """
     count = len(demand.room)
     if math.comb(demand.groups - 1, count - 1) <= LISTED_CUTS:
         found = []
@@ -109,15 +127,42 @@ def _cuts(demand: Demand, ideal: list[int]) -> Iterator[Sequence[int]]:
             ends = (0, *bars, demand.groups)
             groups = [b - a for a, b in itertools.pairwise(ends)]
             found.append((_slowest(groups, demand.group_s), [-g for g in groups], groups))
-        yield from (groups for _, _, groups in sorted(found))
+        yield from ((groups, 0.0) for _, _, groups in sorted(found))
         return
-    yield ideal
+    yield ideal, 0.0
     most = [int((free - demand.column_bytes) // demand.group_bytes) for free in demand.room]
     for weight in (0.0, 0.25, 0.5, 0.75, 1.0):
         seconds = [s ** (1 - weight) / max(r, 1.0) ** weight for s, r in zip(demand.group_s, demand.room, strict=True)]
         between = fair(demand.groups, seconds, most)
         if between is not None:
-            yield between
+            yield between, 0.0
+
+
+def _head_cuts(demand: Demand, cut: HeadCut) -> Iterator[tuple[Sequence[int], float]]:
+    """The same for query heads. The bound is exact but for the head's rows, which take memory as well."""
+    room = np.array([free - demand.column_bytes for free in demand.room])
+    if not cut.listed():
+        yield from ((shares, 0.0) for shares in cut.between(room.tolist()))
+        return
+    shares, attention_s, taken = cut.every()
+    fits = (taken <= room).all(axis=1)
+    shares, attention_s, free = shares[fits], attention_s[fits], room[None] - taken[fits] + demand.column_bytes
+    if not len(shares):
+        return
+    most = np.minimum(free // demand.column_bytes, demand.columns)
+    column_s = np.array(demand.column_s)
+    limits = np.unique(np.arange(1, demand.columns + 1)[:, None] * column_s[None])
+    low, high = np.zeros(len(shares), dtype=np.int64), np.full(len(shares), len(limits) - 1)
+    while (low < high).any():  # every row its own bisection of the slowest device's time
+        middle = (low + high) // 2
+        held = np.minimum(most, limits[middle][:, None] * (1 + 1e-12) // column_s[None]).sum(axis=1)
+        low, high = np.where(held < demand.columns, middle + 1, low), np.where(held < demand.columns, high, middle)
+    bound_s = demand.layers * (attention_s + limits[np.minimum(low, len(limits) - 1)]) * (1 - 1e-12)
+    bound_s[most.sum(axis=1) < demand.columns] = math.inf
+    for index in np.lexsort((*shares.T, bound_s)):
+        if math.isinf(bound_s[index]):
+            return
+        yield shares[index].tolist(), float(bound_s[index])
 
 
 def _fillings(

@@ -13,7 +13,7 @@ import networkx as nx
 class Held:
     """Weights that a device has in memory or on its disk: layers `[start, end)` of a model, by name and dtype.
 
-    `kv_heads` and `columns` are ranges as in `topology.plan.Shard`.
+    `kv_heads`, `columns` and `heads` are ranges as in `topology.plan.Shard`.
     """
 
     model: str
@@ -22,6 +22,7 @@ class Held:
     end: int
     kv_heads: tuple[int, int]
     columns: tuple[int, int]
+    heads: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,10 +161,13 @@ class Snapshot:
         return cls(sites, tuple(Link(**link) for link in document["links"]))
 
 
+_RANGES = ("kv_heads", "columns", "heads")
+
+
 def device_from(document: dict[str, Any]) -> Device:
     """Rebuild a device from `asdict`. Raises KeyError or TypeError where the document is not one."""
     held = tuple(
-        Held(**{**entry, "kv_heads": tuple(entry["kv_heads"]), "columns": tuple(entry["columns"])})
+        Held(**{**entry, **{key: tuple(entry[key]) for key in _RANGES if entry.get(key) is not None}})
         for entry in document.get("held", ())
     )
     decoding = {dtype: Decoding(**figures) for dtype, figures in document.get("decoding", {}).items()}

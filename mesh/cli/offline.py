@@ -13,7 +13,7 @@ from mesh.errors import ConfigError, MeshError, ModelError, PlanError, RequestEr
 
 if TYPE_CHECKING:
     from topology.model import ModelSpec
-    from topology.plan import Plan, Stage
+    from topology.plan import Plan, Shard, Stage
     from topology.snapshot import Snapshot
 
 #: What `--schema` prints.
@@ -131,12 +131,13 @@ def _stages(plan: Plan, stages: tuple[Stage, ...]) -> list[dict[str, Any]]:
 
     model = plan.model
 
-    def weight(groups: tuple[int, int], columns: tuple[int, int]) -> int:
-        return attention_bytes(model, width(groups)) + mlp_bytes(model, width(columns))
+    def weight(shard: Shard) -> int:
+        heads = width(shard.query_heads(model))
+        return attention_bytes(model, width(shard.kv_heads), heads) + mlp_bytes(model, width(shard.columns))
 
     answer = []
     for stage in stages:
-        held = [weight(shard.kv_heads, shard.columns) for shard in stage.shards]
+        held = [weight(shard) for shard in stage.shards]
         shards = [{**asdict(shard), "share": part / sum(held)} for shard, part in zip(stage.shards, held, strict=True)]
         extra = {key: value for key, value in asdict(stage).items() if key not in ("start", "end", "shards")}
         answer.append({"layers": [stage.start, stage.end], "shards": shards, **extra})

@@ -98,13 +98,14 @@ def show_plan(plan: Plan) -> None:
     ring = plan.ring[0] if len(plan.ring) == 1 else " -> ".join((*plan.ring, plan.ring[0]))
     say(f"{plan.strategy}: {ring}")
     table(
-        ["stage", "layers", "site", "device", "KV heads", "MLP columns", "vocabulary", "memory"],
+        ["stage", "layers", "site", "device", "heads", "KV heads", "MLP columns", "vocabulary", "memory"],
         [
             [
                 str(index) if rank == 0 else "",
                 _range((stage.start, stage.end)) if rank == 0 else "",
                 shard.site,
                 shard.device,
+                _range(shard.query_heads(model)),
                 _range(shard.kv_heads),
                 _range(shard.columns),
                 _range(shard.vocabulary),

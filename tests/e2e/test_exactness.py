@@ -9,13 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from drills import PROMPTS, TOKENS, converged, needs, running, site
 
-#: Three sites of one device, one of two, one of three: a plan takes as few sites as fit, so each has what it is for.
-SITES = [site("a", count=3), site("b"), site("c"), site("d"), site("e", count=2)]
+#: Three sites of one device, one of two, one of four: a plan takes as few sites as fit, so each has what it is for.
+SITES = [site("a", count=4), site("b"), site("c"), site("d"), site("e", count=2)]
 #: Constraints that force a plan, and the KV heads that each shard of each stage then has.
 PLANS = {
     "one device": ({"sites": ["b"], "shards": [1]}, [[3]]),
     "tensor parallel, 2 + 1 KV heads": ({"sites": ["e"], "shards": [2]}, [[2, 1]]),
     "tensor parallel over 3": ({"sites": ["a"], "shards": [3]}, [[1, 1, 1]]),
+    "tensor parallel over 4, one KV head on two of them": ({"sites": ["a"], "shards": [4]}, [[1, 1, 1, 1]]),
     "pipeline of 2": ({"sites": ["b", "c"], "shards": [1, 1]}, [[3], [3]]),
     "pipeline of 3": ({"sites": ["b", "c", "d"], "shards": [1, 1, 1]}, [[3], [3], [3]]),
     "tensor parallel stage, then a pipeline stage": ({"sites": ["b", "e"], "shards": [2, 1]}, [[2, 1], [3]]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from topology import Device, Link, ModelSpec, Plan, Site, Snapshot
+from topology.heads import belong
 
 MIB = 2**20
 
@@ -49,7 +50,10 @@ def assert_sound(plan: Plan, snapshot: Snapshot, *, reserve: bool = True) -> Non
     keys = [shard.key for stage in plan.stages for shard in stage.shards]
     assert len(keys) == len(set(keys))
     for index, stage in enumerate(plan.stages):
-        assert_covers([shard.kv_heads for shard in stage.shards], model.kv_heads)
+        assert_covers([shard.query_heads(model) for shard in stage.shards], model.heads)
+        assert all(belong(s.query_heads(model), s.kv_heads, model.heads // model.kv_heads) for s in stage.shards)
+        if len(stage.shards) <= model.kv_heads:
+            assert_covers([shard.kv_heads for shard in stage.shards], model.kv_heads)
         assert_covers([shard.columns for shard in stage.shards], model.intermediate)
         if index == len(plan.stages) - 1:
             assert_covers([shard.vocabulary for shard in stage.shards], model.vocab)
@@ -73,7 +77,7 @@ def least_memory(plan: Plan, index: int, rank: int) -> int:
     model, stage = plan.model, plan.stages[index]
     shard = stage.shards[rank]
     groups, columns, rows = (b - a for a, b in (shard.kv_heads, shard.columns, shard.vocabulary))
-    heads = groups * model.heads // model.kv_heads
+    heads = shard.query_heads(model)[1] - shard.query_heads(model)[0]
     q_and_o = 2 * model.hidden * heads * model.head_dim
     k_and_v = 2 * model.hidden * groups * model.head_dim
     layer = q_and_o + k_and_v + 3 * model.hidden * columns + 2 * model.hidden

@@ -62,7 +62,8 @@ def test_sites_that_cannot_reach_each_other_are_said() -> None:
 def test_a_shape_that_needs_more_devices_says_how_many() -> None:
     assert Shortfall("stages", 4, 3, 1, "devices") in refused(SMALL, {"stages": 4}).shortfalls
     assert Shortfall("shards", 6, 3, 3, "devices") in refused(SMALL, {"stages": 2, "shards": 3}).shortfalls
-    assert Shortfall("shards", 4, 3, 1, "KV-head groups") in refused(SMALL, {"shards": 4}).shortfalls
+    assert Shortfall("shards", 4, 3, 1, "devices") in refused(SMALL, {"shards": 4}).shortfalls
+    assert Shortfall("shards", 10, 9, 1, "query heads") in refused(SMALL, {"shards": 10}).shortfalls
     assert Shortfall("stages", 31, 30, 1, "layers") in refused(SMALL, {"stages": 31}).shortfalls
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from meshes import LLAMA_70B, MIB, SMOL, assert_sound, cpu, gpu, mesh, site
 
-from topology import ConstraintError, Device, ModelSpec, Snapshot, TopologyError, partition
+from topology import ConstraintError, Device, ModelSpec, Plan, Snapshot, TopologyError, partition
 
 ROOMY = 2**30
 THREE = {"a-b": 20.0, "b-c": 40.0, "a-c": 60.0}
@@ -169,10 +169,46 @@ def test_pipeline_inside_a_site_that_no_device_of_it_can_serve_alone() -> None:
     assert said(plan, "x/c0 -> x/c1")
 
 
-def test_a_model_with_one_kv_head_is_never_split() -> None:
+def test_a_model_with_one_kv_head_is_split_between_its_query_heads() -> None:
     model = replace(SMOL, kv_heads=1)
-    plan = partition(Snapshot((site("x", cpu("c0"), cpu("c1"), cpu("c2")),), ()), model, strategy="tensor_parallelism")
-    assert plan.strategy == "pipeline"
+    snapshot = Snapshot((site("x", cpu("c0"), cpu("c1"), cpu("c2")),), ())
+    plan = partition(snapshot, model, strategy="tensor_parallelism")
+    assert plan.strategy == "tensor_parallelism"
+    assert [shard.heads for shard in plan.shards] == [(0, 3), (3, 6), (6, 9)]
+    assert [shard.kv_heads for shard in plan.shards] == [(0, 1)] * 3
+    assert_sound(plan, snapshot)
+    assert said(plan, "query heads by measured speed: x/c0 3 + x/c1 3 + x/c2 3")
+    assert said(plan, "3 devices share 1 KV heads: with 2 copies of a KV head")
+
+
+def test_more_devices_than_kv_heads_share_the_query_heads_with_the_fewest_copies() -> None:
+    """Four of SmolLM2's nine query heads would be 3+2+2+2 with a KV head more to read on two of the devices."""
+    snapshot = Snapshot((site("x", *(cpu(f"c{i}", ROOMY) for i in range(4))),), ())
+    plan = partition(snapshot, SMOL, {"shards": 4})
+    assert [shard.heads for shard in plan.shards] == [(0, 3), (3, 6), (6, 8), (8, 9)]
+    assert [shard.kv_heads for shard in plan.shards] == [(0, 1), (1, 2), (2, 3), (2, 3)]
+    assert_sound(plan, snapshot)
+    assert Plan.from_dict(plan.to_dict()) == plan
+
+
+def test_unequal_devices_cut_groups_where_that_is_faster() -> None:
+    """Speeds of 4, 3 and 2 over two KV heads of four query heads each: the middle device reads both."""
+    model = replace(SMOL, heads=8, kv_heads=2)
+    snapshot = Snapshot((site("x", *(cpu(f"c{i}", ROOMY, speed * 1e9) for i, speed in enumerate((16, 12, 8)))),), ())
+    plan = partition(snapshot, model, {"shards": 3, "context": 64})
+    widths = [shard.heads[1] - shard.heads[0] for shard in plan.shards]
+    assert widths == sorted(widths, reverse=True) and max(widths) <= 4
+    assert_sound(plan, snapshot)
+
+
+def test_a_plan_that_would_copy_kv_heads_for_nothing_takes_fewer_devices() -> None:
+    """At a long context the KV cache is most of what is read: two KV heads are worth sharing, copies of one are not."""
+    model = replace(SMOL, heads=2, kv_heads=1, head_dim=288, intermediate=64, context=200_000)
+    devices = [cpu(f"c{i}", 2**36) for i in range(2)]
+    snapshot = Snapshot((site("x", *devices, local_rtt_s=5e-3),), ())
+    asked = {"objective": "latency", "context": 200_000}
+    assert partition(snapshot, model, asked).strategy == "single"
+    assert partition(snapshot, replace(model, kv_heads=2), asked).strategy == "tensor_parallelism"
 
 
 @pytest.mark.parametrize(
