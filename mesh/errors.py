@@ -122,5 +122,13 @@ class NotAllowed(MeshError):
 #: Exit code of a command that Ctrl-C ended: 128 + SIGINT, as shells expect.
 EXIT_INTERRUPTED = 130
 
+
+class ModelMissing(ModelError):
+    """The model, or a slice of it that is needed, is not at this site; other sites may have it.
+
+    It stays within a peer: whoever asks from outside reads it as the ModelError that it is.
+    """
+
+
 _CLASSES: tuple[type[MeshError], ...] = (MeshError, *MeshError.__subclasses__())
 BY_CODE: dict[str, type[MeshError]] = {cls.code: cls for cls in _CLASSES}

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -61,11 +61,15 @@ class DrillError(MeshError):
 
 @dataclass(frozen=True, slots=True)
 class SiteSpec:
-    """A site of a drill. `devices` are `--device` specifications, such as `cpu,threads=1,memory=400MiB`."""
+    """A site of a drill. `devices` are `--device` specifications, such as `cpu,threads=1,memory=400MiB`.
+
+    `settings` are configuration keys of this site's peer alone.
+    """
 
     name: str
     devices: tuple[str, ...] = ("cpu,threads=1",)
     region: str = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Fleet:
@@ -245,6 +249,7 @@ class Fleet:
             **({"region": spec.region} if spec.region else {}),
             **({"http": self._http[site]} if site in self._http else {}),
             **self._settings,
+            **spec.settings,
             **({"emulate": distances} if distances else {}),
         }
 

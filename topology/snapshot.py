@@ -13,7 +13,8 @@ import networkx as nx
 class Held:
     """Weights that a device has in memory or on its disk: layers `[start, end)` of a model, by name and dtype.
 
-    `kv_heads`, `columns` and `heads` are ranges as in `topology.plan.Shard`.
+    `kv_heads`, `columns` and `heads` are ranges as in `topology.plan.Shard`. An empty dtype is any: files are cast when
+    they are loaded.
     """
 
     model: str

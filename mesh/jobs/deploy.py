@@ -17,13 +17,14 @@ import trio
 
 from mesh.errors import DeadlineExceeded, JobFailed, MeshError
 from mesh.jobs.job import wire_epoch
-from mesh.jobs.peers import Progress, View
+from mesh.jobs.peers import Progress, View, load_shard
 from mesh.runtime.assignment import Assignment, assignments
 from mesh.wire.v1 import peer_pb2
 from topology.plan import Plan, Shard
 
-#: Loading is bound by the disk; 70 GB at 100 MB/s takes 700 s. A peer that dies meanwhile is noticed long before.
-PREPARE_DEADLINE_S = 1800.0
+#: Loading is bound by the disk, or by the link where weights have to travel first: 70 GB at 5 MB/s take 4 hours. A peer
+#: that dies meanwhile is noticed long before, and a fetch that gets nothing ends by itself.
+PREPARE_DEADLINE_S = 6 * 3600.0
 #: Opening channels takes a few round trips.
 CONNECT_DEADLINE_S = 30.0
 #: Comparing the transports of a link: two processes start, and measure for a fraction of a second.
@@ -93,8 +94,8 @@ async def deploy(
         request = peer_pb2.PrepareRequest(
             job=job, epoch=wire_epoch(epoch), device=shards[key].device, assignment=pack(parts[key])
         )
-        peer = view.peer(shards[key].site)
-        addresses[key] = await peer.prepare(request, lambda done, total: report(key, done, total))
+        site = shards[key].site
+        addresses[key] = await load_shard(view, site, request, model, lambda done, total: report(key, done, total))
 
     async def connect(key: str) -> None:
         request = peer_pb2.ConnectRequest(

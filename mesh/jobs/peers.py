@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
+from mesh.errors import ModelMissing
 from mesh.wire.v1 import peer_pb2
 from topology.displace import RunningJob
 from topology.snapshot import Snapshot
@@ -18,7 +19,10 @@ class PeerCalls(Protocol):
     """One peer. Every call raises PeerUnreachable when nobody answers, else the error the peer gave."""
 
     async def prepare(self, request: peer_pb2.PrepareRequest, progress: Progress) -> dict[str, bytes]:
-        """Load one shard; the worker's addresses by transport backend."""
+        """Load one shard; the worker's addresses by transport backend.
+
+        Raises ModelMissing where the site lacks the model and the request offers no weights.
+        """
         ...
 
     async def connect(self, request: peer_pb2.ConnectRequest) -> None:
@@ -71,6 +75,25 @@ class View(Protocol):
         """Whether gossip holds the site for alive (a suspect still is)."""
         ...
 
+    async def offer(self, model: str) -> bytes:
+        """What a site that lacks this model must know to fetch it (`PrepareRequest.weights`). Raises ModelError."""
+        ...
+
     def peer(self, site: str) -> PeerCalls:
         """The calls of a site's peer. Raises PeerUnreachable where its address is unknown."""
         ...
+
+
+async def load_shard(
+    view: View, site: str, request: peer_pb2.PrepareRequest, model: str, progress: Progress
+) -> dict[str, bytes]:
+    """Have a site load one shard, from its own files or else from those of sites that have them.
+
+    Raises what the site meets, and ModelError where nobody has the model.
+    """
+    peer = view.peer(site)
+    try:
+        return await peer.prepare(request, progress)
+    except ModelMissing:
+        request.weights = await view.offer(model)
+    return await peer.prepare(request, progress)

@@ -14,7 +14,7 @@ import trio
 from mesh.errors import MeshError
 from mesh.jobs.deploy import PREPARE_DEADLINE_S, pack
 from mesh.jobs.job import Job, wire_epoch
-from mesh.jobs.peers import View
+from mesh.jobs.peers import View, load_shard
 from mesh.runtime.assignment import assignments
 from mesh.wire.v1 import peer_pb2
 from topology.plan import Plan, Standby
@@ -50,7 +50,7 @@ async def _hold(view: View, plan: Plan, job: Job, standby: Standby) -> None:
     async with peer.events(peer_pb2.EventsRequest(job=job.id, epoch=epoch)) as events:
         request = peer_pb2.PrepareRequest(job=job.id, epoch=epoch, device=standby.device, assignment=pack(part))
         with trio.fail_after(PREPARE_DEADLINE_S):
-            await peer.prepare(request, lambda done, total: None)
+            await load_shard(view, standby.site, request, job.model, lambda done, total: None)
         async for event in events:
             if event.device == standby.device and event.HasField("failure") and event.failure.fatal:
                 return

@@ -11,7 +11,7 @@ import grpc
 from mesh.client.bridge import Messages, unary
 from mesh.client.channel import Connection
 from mesh.client.credentials import Credentials
-from mesh.errors import PeerUnreachable
+from mesh.errors import ModelMissing, PeerUnreachable
 from mesh.jobs.deploy import CONNECT_DEADLINE_S, DISPLACE_DEADLINE_S, MEASURE_DEADLINE_S, PREPARE_DEADLINE_S
 from mesh.jobs.peers import Progress
 from mesh.wire.v1 import identity_pb2, identity_pb2_grpc, peer_pb2, peer_pb2_grpc
@@ -36,6 +36,8 @@ class RemotePeer(Connection):
         events: Messages[peer_pb2.PrepareEvent] = Messages(call)
         try:
             while (event := await self._receive(events, "prepare")) is not None:
+                if event.missing:
+                    raise ModelMissing(event.missing)
                 progress(event.loaded_bytes, event.total_bytes)
                 if event.addresses:
                     return dict(event.addresses)
@@ -88,6 +90,11 @@ class RemotePeer(Connection):
         """A handover of the cluster's document and of its gossip keys of at least `version`, for our site."""
         answer = await unary(self, self._peer.Keys, peer_pb2.KeysRequest(version=version), "keys", CALL_DEADLINE_S)
         return bytes(answer.data)
+
+    async def weights(self, request: peer_pb2.WeightsRequest, timeout_s: float) -> peer_pb2.WeightsTicket:
+        """A ticket for a model's blocks."""
+        ticket: peer_pb2.WeightsTicket = await unary(self, self._peer.Weights, request, "weights", timeout_s)
+        return ticket
 
     async def renew(self, csr: bytes) -> bytes:
         """A new certificate of the same key, from the authority's peer."""

@@ -23,6 +23,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, Pydanti
 
 from mesh.address import DEFAULT_ADDRESS, join_address, split_address
 from mesh.devices.spec import DeviceSpec, parse_specs
+from mesh.devices.units import parse_bytes
 from mesh.errors import ConfigError, IdentityRequired
 
 ENV_PREFIX = "MESH_"
@@ -122,6 +123,16 @@ def _expanded(value: Path) -> Path:
     return value.expanduser().absolute()
 
 
+def _expanded_or_none(value: Path | None) -> Path | None:
+    return None if value is None else _expanded(value)
+
+
+def _size(value: str) -> str:
+    if value:
+        parse_bytes(value)
+    return value
+
+
 def _default_data_dir(values: dict[str, Any]) -> Path:
     return platformdirs.user_data_path("isthmus", appauthor=False) / str(values.get("site", "site"))
 
@@ -137,6 +148,9 @@ class PeerConfig(BaseSettings):
     `advertise` is where others reach `listen`, where that differs: behind a forwarded port, or when listening on all of
     a machine's addresses (then by default the one that its own way out has). `emulate` holds round-trip times in
     milliseconds that are added between this peer and others, by their address.
+    `models` is the folder below which this site's own models lie; without it they may lie anywhere. `withhold` are
+    patterns of models (names or paths) whose weights this site does not give to others; `weights_cache` is how much
+    disk the weights that came from others may take, by default half of what is free.
     `reserve` is the share of each device's memory kept for the loss of another site. `probes`: whether the bandwidth of
     this site's links may be measured by short bursts. `seal` off leaves frames between this site's own shards open.
     """
@@ -155,7 +169,15 @@ class PeerConfig(BaseSettings):
     transport: Literal["auto", "tcp", "ucx"] = "auto"
     probes: bool = True
     seal: Literal["on", "off"] = "on"
+    models: Annotated[Path | None, AfterValidator(_expanded_or_none)] = None
+    withhold: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)] = ()
+    weights_cache: Annotated[str, AfterValidator(_size)] = ""
     reserve: float = Field(default=0.2, ge=0.0, lt=1.0)
+
+    @property
+    def weights_cache_bytes(self) -> int:
+        """The limit of the cache of weights; 0 for the default."""
+        return parse_bytes(self.weights_cache) if self.weights_cache else 0
 
     @property
     def specs(self) -> tuple[DeviceSpec, ...]:

@@ -16,7 +16,7 @@ import trio
 from mesh.address import join_address
 from mesh.client.channel import CANCEL_S, Connection
 from mesh.client.credentials import Credentials
-from mesh.errors import AddressInUse, JobNotFound, RequestError
+from mesh.errors import AddressInUse, JobNotFound, ModelMissing, RequestError
 from mesh.gossip import Gossip, Malformed
 from mesh.jobs.ledger import Ledger
 from mesh.peer.bridge import Bridge, each
@@ -26,6 +26,7 @@ from mesh.peer.measuring import Measuring
 from mesh.peer.office import IdentityServicer
 from mesh.peer.service import PeerService
 from mesh.peer.view import MeshView
+from mesh.peer.weights import Weights
 from mesh.wire.errors import abort
 from mesh.wire.v1 import identity_pb2, identity_pb2_grpc, mesh_pb2, mesh_pb2_grpc, peer_pb2, peer_pb2_grpc
 
@@ -181,7 +182,10 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
         gossip: Gossip,
         measuring: Measuring,
         secured: Secured | None = None,
+        *,
+        weights: Weights | None = None,
     ) -> None:
+        self._weights = weights
         self._bridge = bridge
         self._service = service
         self._measuring = measuring
@@ -243,9 +247,26 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
                 except trio.WouldBlock:
                     pass  # the owner is behind: a later report replaces this one
 
-            await send.send(peer_pb2.PrepareEvent(addresses=await self._service.prepare(request, progress)))
+            try:
+                addresses = await self._service.prepare(request, progress)
+            except ModelMissing as missing:
+                await send.send(peer_pb2.PrepareEvent(missing=str(missing)))
+            else:
+                await send.send(peer_pb2.PrepareEvent(addresses=addresses))
 
         yield from self._bridge.stream(context, produce)
+
+    def Weights(self, request: peer_pb2.WeightsRequest, context: grpc.ServicerContext) -> peer_pb2.WeightsTicket:
+        """The way to a model's blocks. Who asks is whoever proved so, where there are identities."""
+        if self._secured is not None:
+            request.site = self._secured.guard.caller(context.invocation_metadata()).name
+
+        async def work() -> peer_pb2.WeightsTicket:
+            if self._weights is None:
+                raise RequestError("this peer gives no weights away")
+            return await self._weights.ticket(request)
+
+        return self._bridge.call(context, work)
 
     def Connect(self, request: peer_pb2.ConnectRequest, context: grpc.ServicerContext) -> peer_pb2.Done:
         """Open a shard's channels."""

@@ -42,6 +42,7 @@ from mesh.peer.peer import Peer
 from mesh.peer.places import free_port, local_host, reachable
 from mesh.peer.service import PeerService
 from mesh.peer.view import MeshView
+from mesh.peer.weights import HELD, open_weights
 from mesh.peer.workers import WorkerPool
 from mesh.wire.v1 import peer_pb2
 
@@ -139,6 +140,9 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
         await trio.sleep(config.emulate.get(address, 0.0) / 1000.0)
         return await view.stream(site, address).gossip(data, STREAM_S)
 
+    def delay_s(site: str) -> float:
+        return config.emulate.get(_address_of(gossip, site), 0.0) / 2000.0
+
     async with (
         open_gossip(
             gossip_config,
@@ -148,11 +152,20 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
         ) as gossip,
         trio.open_nursery() as nursery,
         WorkerPool.open(host=reachable(host), backends=_backends(config, devices)) as pool,
+        open_weights(
+            config.site,
+            config.data_dir / "weights",
+            SubprocessInspector(config.data_dir / "models"),
+            host=reachable(host),
+            limit_bytes=config.weights_cache_bytes,
+            models=config.models,
+            withhold=config.withhold,
+            delay_s=delay_s,
+            publish=lambda rows: gossip.publish(HELD, rows),
+            held=lambda: gossip.entries(HELD),
+        ) as weights,
     ):
         peer: Peer
-
-        def delay_s(site: str) -> float:
-            return config.emulate.get(_address_of(gossip, site), 0.0) / 2000.0
 
         # The parts report to the peer, which is made of them: it is bound when the first report comes.
         def publish_load() -> None:
@@ -160,8 +173,6 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
 
         def publish_jobs() -> None:
             peer.publish_jobs()
-
-        inspector = SubprocessInspector(config.data_dir / "models")
 
         async def displace(request: peer_pb2.DisplaceRequest) -> None:
             await ledger.displace(request)
@@ -175,13 +186,15 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
             devices,
             delay_s=delay_s,
             on_load=publish_load,
-            inspector=inspector,
+            inspector=weights.inspect,
             displace=displace,
             measure=measure,
             seal_inside=config.seal == "on",
+            weights=weights,
         )
         credentials = no_credentials if cluster is None else cluster.credentials
-        view = MeshView(config.site, gossip, service, lambda site, at: RemotePeer(at, credentials(site)))
+        view = MeshView(config.site, gossip, service, lambda site, at: RemotePeer(at, credentials(site)), weights.offer)
+        weights.attach(view, lambda site: view.remote(site).weights)
         measuring = Measuring(
             config.site,
             gossip,
@@ -191,7 +204,7 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
             busy=lambda: service.busy,
             enabled=config.probes,
         )
-        ledger = Ledger(config.site, view, inspector, nursery, publish_jobs)
+        ledger = Ledger(config.site, view, weights.inspect, nursery, publish_jobs)
         guard = None if cluster is None else Guard(cluster.authenticate)
         peer = Peer(
             config=config,
@@ -202,6 +215,7 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
             devices=devices,
             cluster=cluster,
             guard=guard,
+            weights=weights,
         )
         gossip.remember(data.known_peers(gossip_config.cluster))
         gossip.publish("capabilities", _capabilities(config, devices))
@@ -212,7 +226,7 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
             office = IdentityServicer(bridge, cluster, gossip, guard, advertise)
             secured = Secured(cluster, guard, office)
         mesh_servicer = MeshServicer(bridge, ledger, view, peer.status, peer.elsewhere, credentials=credentials)
-        peer_servicer = PeerServicer(bridge, service, gossip, measuring, secured)
+        peer_servicer = PeerServicer(bridge, service, gossip, measuring, secured, weights=weights)
         server = serve(mesh_servicer, peer_servicer, host, port, secured=secured)
         try:
             nursery.start_soon(service.run)

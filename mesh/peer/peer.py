@@ -20,6 +20,7 @@ from mesh.peer.guard import Guard
 from mesh.peer.metrics import DeviceMemory
 from mesh.peer.service import PeerService
 from mesh.peer.view import MeshView
+from mesh.peer.weights import Weights
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,9 @@ class Peer:
         devices: list[LocalDevice],
         cluster: Cluster | None = None,
         guard: Guard | None = None,
+        weights: Weights | None = None,
     ) -> None:
+        self._weights = weights
         self._cluster = cluster
         self._guard = guard
         self._config = config
@@ -131,6 +134,7 @@ class Peer:
                 for member in self._gossip.members()
             ],
             "devices": [{**asdict(local.device), "free_bytes": free[local.device.name]} for local in self._devices],
+            "models": [] if self._weights is None else self._weights.describe(),
             "jobs": [
                 {
                     "job": c.job.id,

@@ -15,11 +15,13 @@ import msgpack
 import trio
 
 from mesh.devices.local import LocalDevice
-from mesh.errors import MeshError, PeerUnreachable, RequestError, WorkerError
+from mesh.errors import MeshError, ModelError, ModelMissing, PeerUnreachable, RequestError, WorkerError
 from mesh.jobs.model import Inspector
 from mesh.jobs.peers import Progress
+from mesh.peer.weights import Placed, Weights
 from mesh.peer.workers import WorkerPool
 from mesh.runtime.assignment import Assignment
+from mesh.weights.locate import there
 from mesh.wire.v1 import peer_pb2
 from topology.plan import device_of
 
@@ -57,7 +59,10 @@ class PeerService:
         displace: Callable[[peer_pb2.DisplaceRequest], Awaitable[None]],
         measure: Callable[[str, Sequence[str]], Awaitable[str]],
         seal_inside: bool = True,
+        weights: Weights | None = None,
     ) -> None:
+        """Without `weights` models are opened under the names they come with."""
+        self._weights = weights
         self.site = site
         self._seal_inside = seal_inside
         self._pool = pool
@@ -119,15 +124,34 @@ class PeerService:
         own = replace(assignment, device=local.torch_device, threads=local.threads)
         self._loading += 1
         try:
-            if own.model.endswith(".gguf"):
-                own = replace(own, model=(await self._inspector(own.model)).path)
-            return await self._pool.prepare(own, progress, name=request.device)
+            return await self._load(own, request, progress)
         except MeshError:
             job.reserved_bytes.pop(request.device, None)
             self._loads_changed()
             raise
         finally:
             self._loading -= 1
+
+    async def _load(self, own: Assignment, request: peer_pb2.PrepareRequest, progress: Progress) -> dict[str, bytes]:
+        if self._weights is None:
+            if own.model.endswith(".gguf"):
+                own = replace(own, model=(await self._inspector(own.model)).path)
+            return await self._pool.prepare(own, progress, name=request.device)
+        placed: Placed | None = None
+        try:
+            async with self._weights.place(own, request.weights, progress) as placed:
+                return await self._pool.prepare(replace(own, model=placed.path), progress, name=request.device)
+        except ModelMissing:
+            raise
+        except ModelError as error:
+            # A worker that finds nothing under a hub's id may yet get it from other sites.
+            if not request.weights and not there(own.model):
+                raise ModelMissing(str(error)) from None
+            if placed is None or not placed.cached:
+                raise
+        # It reads what was not foreseen of a family of models: then it gets its layers whole.
+        async with self._weights.place(own, request.weights, progress, cut=False) as placed:
+            return await self._pool.prepare(replace(own, model=placed.path), progress, name=request.device)
 
     async def connect(self, request: peer_pb2.ConnectRequest) -> None:
         """Open the channels of one shard to its neighbours, each with the delay that this site emulates towards it.

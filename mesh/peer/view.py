@@ -9,19 +9,20 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
-from mesh.errors import PeerUnreachable
+from mesh.errors import ModelError, PeerUnreachable
 from mesh.gossip.distances import COORDINATES, LINKS, read_coordinate
 from mesh.gossip.links import LinkReport, read
 from mesh.jobs.peers import PeerCalls
 from mesh.peer.calls import RemotePeer
 from mesh.peer.pairs import links_between
+from mesh.peer.weights import HELD, read_held
 from topology.displace import RunningJob
 from topology.picture import MAX_TOGETHER
-from topology.snapshot import Decoding, Device, Site, Snapshot
+from topology.snapshot import Decoding, Device, Held, Site, Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +30,8 @@ logger = logging.getLogger(__name__)
 MAX_DEVICES, MAX_BYTES, MAX_SPEED = 64, 1 << 46, 1e18
 MAX_LAYER_S, MAX_LOCAL_RTT_S = 1.0, 1.0
 MAX_PRIORITY = 100
+#: More than any model has: what lies on a disk lies there whole.
+MAX_HEADS, MAX_COLUMNS = 1 << 20, 1 << 30
 #: What reading a document that is not what it should be can raise.
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 #: States of a member whose devices may be planned on; a suspect may yet refute.
@@ -57,9 +60,11 @@ class MeshView:
         gossip: Gossip,
         local: PeerCalls,
         dial: Callable[[str, str], RemotePeer] = plain,
+        offer: Callable[[str], Awaitable[bytes]] | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._offer = offer
         self.site = site
         self._gossip = gossip
         self._local = local
@@ -71,12 +76,12 @@ class MeshView:
     def snapshot(self) -> Snapshot:
         """Every present site whose capabilities are known, and the links between them, measured or estimated."""
         present = {member.site for member in self._gossip.members() if member.state in PRESENT} | {self.site}
-        loads = self._gossip.entries("load")
+        loads, weights = self._gossip.entries("load"), self._gossip.entries(HELD)
         sites = []
         for name, entry in self._gossip.entries("capabilities").items():
             if name in present:
                 try:
-                    sites.append(_site(name, entry, loads.get(name, {})))
+                    sites.append(_site(name, entry, loads.get(name, {}), _held(weights.get(name))))
                 except MALFORMED as error:
                     logger.warning("the capabilities that %s publishes are left out: %s", name, error)
         reports = {site: self._aged(site, read(entry)) for site, entry in self._gossip.entries(LINKS).items()}
@@ -125,6 +130,12 @@ class MeshView:
                 return str(member.address)
         raise PeerUnreachable(f"no peer of a site named {site} is known here: see `mesh status`")
 
+    async def offer(self, model: str) -> bytes:
+        """What a site that lacks this model must know to fetch it. Raises ModelError."""
+        if self._offer is None:
+            raise ModelError(f"{self.site} gives no weights away: the model {model} must be at every site")
+        return await self._offer(model)
+
     def peer(self, site: str) -> PeerCalls:
         """The calls of a site's peer."""
         return self._local if site == self.site else self.remote(site)
@@ -168,15 +179,24 @@ def _number(value: Any, high: float) -> float:
     return number
 
 
-def _site(name: str, entry: Mapping[str, Any], load: Mapping[str, Any]) -> Site:
+def _site(name: str, entry: Mapping[str, Any], load: Mapping[str, Any], held: tuple[Held, ...] = ()) -> Site:
     devices = entry["devices"]
     if not isinstance(devices, list) or not 0 < len(devices) <= MAX_DEVICES:
         raise ValueError(f"a site has 1 to {MAX_DEVICES} devices")
     free = load if isinstance(load, Mapping) else {}
-    found = tuple(_device(device, free) for device in devices)
+    found = tuple(replace(_device(device, free), held=held) for device in devices)
     if entry.get("local_rtt_s") is None:
         return Site(name, str(entry["region"]), found)
     return Site(name, str(entry["region"]), found, local_rtt_s=_number(entry["local_rtt_s"], MAX_LOCAL_RTT_S))
+
+
+def _held(entry: Any) -> tuple[Held, ...]:
+    """What a site has on its disk, as every device of it sees that: whole layers, to be loaded in any dtype."""
+    return tuple(
+        Held(row["name"], "", start, end, (0, MAX_HEADS), (0, MAX_COLUMNS))
+        for row in read_held(entry)
+        for start, end in row["layers"]
+    )
 
 
 def _device(entry: Mapping[str, Any], free: Mapping[str, Any]) -> Device:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from mesh.errors import ModelError
+from mesh.runtime.files import weight_files
+from mesh.weights.presence import Presence
 
 #: Bytes read at a time where the wanted columns or another dtype make a copy necessary; bounds the overhead of loading.
 CHUNK_BYTES = 8 << 20
@@ -38,7 +40,8 @@ class Safetensors:
     def __init__(self, folder: Path) -> None:
         self._files: dict[Path, int] = {}
         self._tensors: dict[str, Stored] = {}
-        for path in _weight_files(folder):
+        self._presence = Presence.of(folder)
+        for path in weight_files(folder):
             self._tensors.update(_header(path))
 
     def names(self) -> frozenset[str]:
@@ -80,6 +83,8 @@ class Safetensors:
 
     def _pread(self, stored: Stored, into: memoryview, offset: int) -> None:
         path = stored.path
+        if self._presence is not None:
+            self._presence.check(path, stored.offset + offset, len(into))
         try:
             descriptor = self._files.get(path)
             if descriptor is None:
@@ -92,25 +97,6 @@ class Safetensors:
                 done += count
         except OSError as error:
             raise ModelError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ModelError(f"{index} is damaged: fetch it again") from error
-        paths = [folder / name for name in names]
-    else:
-        single = folder / "model.safetensors"
-        paths = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-    if not paths:
-        raise ModelError(f"{folder} holds no .safetensors files; weights in other formats are not read")
-    for path in paths:
-        if not path.is_file():
-            raise ModelError(f"{path} is missing: fetch the model again")
-    return paths
 
 
 def _header(path: Path) -> dict[str, Stored]:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from mesh.errors import ModelError
+from mesh.weights.presence import Presence
 
 #: Architectures whose tensors we read: llama.cpp stores them as the checkpoint does, but for llama's q and k.
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -41,6 +42,7 @@ class GGUF:
         self._path = path
         self._config = config
         self._descriptor: int | None = None
+        self._presence = Presence.of(path.parent)
         self._tensors, self._architecture = _index(path, config["num_hidden_layers"])
 
     def names(self) -> frozenset[str]:
@@ -90,6 +92,8 @@ class GGUF:
         one = len(stored.shape) == 1
         length = stored.row_bytes if one else count * stored.row_bytes
         offset = stored.offset if one else stored.offset + first * stored.row_bytes
+        if self._presence is not None:
+            self._presence.check(self._path, offset, length)
         try:
             if self._descriptor is None:
                 self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)

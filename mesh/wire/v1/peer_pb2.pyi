@@ -195,10 +195,13 @@ class PrepareRequest(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     DEVICE_FIELD_NUMBER: _builtins.int
     ASSIGNMENT_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     device: _builtins.str
     assignment: _builtins.bytes
     """msgpack of mesh.runtime.Assignment; device, threads and memory are this peer's to fill in"""
+    weights: _builtins.bytes
+    """for a site that lacks the model: msgpack of its root, its name and the sites that have it"""
     @_builtins.property
     def epoch(self) -> Global___Epoch: ...
     def __init__(
@@ -208,10 +211,11 @@ class PrepareRequest(_message.Message):
         epoch: Global___Epoch | None = ...,
         device: _builtins.str = ...,
         assignment: _builtins.bytes = ...,
+        weights: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "device", b"device", "epoch", b"epoch", "job", b"job"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assignment", b"assignment", "device", b"device", "epoch", b"epoch", "job", b"job", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -244,8 +248,11 @@ class PrepareEvent(_message.Message):
     LOADED_BYTES_FIELD_NUMBER: _builtins.int
     TOTAL_BYTES_FIELD_NUMBER: _builtins.int
     ADDRESSES_FIELD_NUMBER: _builtins.int
+    MISSING_FIELD_NUMBER: _builtins.int
     loaded_bytes: _builtins.int
     total_bytes: _builtins.int
+    missing: _builtins.str
+    """the last event where the model is not here: ask again with `weights`"""
     @_builtins.property
     def addresses(self) -> _containers.ScalarMap[_builtins.str, _builtins.bytes]:
         """by transport backend; set on the last event only"""
@@ -256,14 +263,67 @@ class PrepareEvent(_message.Message):
         loaded_bytes: _builtins.int = ...,
         total_bytes: _builtins.int = ...,
         addresses: _abc.Mapping[_builtins.str, _builtins.bytes] | None = ...,
+        missing: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "loaded_bytes", b"loaded_bytes", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "loaded_bytes", b"loaded_bytes", "missing", b"missing", "total_bytes", b"total_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PrepareEvent: _TypeAlias = PrepareEvent  # noqa: Y015
+
+@_typing.final
+class WeightsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROOT_FIELD_NUMBER: _builtins.int
+    SITE_FIELD_NUMBER: _builtins.int
+    root: _builtins.bytes
+    """the model: hash of its manifest"""
+    site: _builtins.str
+    """who asks; proven by the call itself where sites have identities"""
+    def __init__(
+        self,
+        *,
+        root: _builtins.bytes = ...,
+        site: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["root", b"root", "site", b"site"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WeightsRequest: _TypeAlias = WeightsRequest  # noqa: Y015
+
+@_typing.final
+class WeightsTicket(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    KEY_FIELD_NUMBER: _builtins.int
+    HELLO_FIELD_NUMBER: _builtins.int
+    address: _builtins.bytes
+    """of a TCP listener of `transport`"""
+    key: _builtins.bytes
+    """32 bytes: seals the channel, and is good for one"""
+    hello: _builtins.bytes
+    """names the channel to the listening end"""
+    def __init__(
+        self,
+        *,
+        address: _builtins.bytes = ...,
+        key: _builtins.bytes = ...,
+        hello: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "hello", b"hello", "key", b"key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WeightsTicket: _TypeAlias = WeightsTicket  # noqa: Y015
 
 @_typing.final
 class Neighbour(_message.Message):

@@ -80,6 +80,11 @@ class PeerStub:
                 request_serializer=mesh_dot_wire_dot_v1_dot_identity__pb2.Packet.SerializeToString,
                 response_deserializer=mesh_dot_wire_dot_v1_dot_identity__pb2.Packet.FromString,
                 _registered_method=True)
+        self.Weights = channel.unary_unary(
+                '/mesh.wire.v1.Peer/Weights',
+                request_serializer=mesh_dot_wire_dot_v1_dot_peer__pb2.WeightsRequest.SerializeToString,
+                response_deserializer=mesh_dot_wire_dot_v1_dot_peer__pb2.WeightsTicket.FromString,
+                _registered_method=True)
         self.Keys = channel.unary_unary(
                 '/mesh.wire.v1.Peer/Keys',
                 request_serializer=mesh_dot_wire_dot_v1_dot_peer__pb2.KeysRequest.SerializeToString,
@@ -164,6 +169,13 @@ class PeerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Weights(self, request, context):
+        """the way to a model's blocks here, for a member that lacks them
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Keys(self, request, context):
         """the gossip keys, for a member that learnt of newer ones
         """
@@ -232,6 +244,11 @@ def add_PeerServicer_to_server(servicer, server):
                     servicer.Gossip,
                     request_deserializer=mesh_dot_wire_dot_v1_dot_identity__pb2.Packet.FromString,
                     response_serializer=mesh_dot_wire_dot_v1_dot_identity__pb2.Packet.SerializeToString,
+            ),
+            'Weights': grpc.unary_unary_rpc_method_handler(
+                    servicer.Weights,
+                    request_deserializer=mesh_dot_wire_dot_v1_dot_peer__pb2.WeightsRequest.FromString,
+                    response_serializer=mesh_dot_wire_dot_v1_dot_peer__pb2.WeightsTicket.SerializeToString,
             ),
             'Keys': grpc.unary_unary_rpc_method_handler(
                     servicer.Keys,
@@ -492,6 +509,33 @@ class Peer:
             '/mesh.wire.v1.Peer/Gossip',
             mesh_dot_wire_dot_v1_dot_identity__pb2.Packet.SerializeToString,
             mesh_dot_wire_dot_v1_dot_identity__pb2.Packet.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Weights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.wire.v1.Peer/Weights',
+            mesh_dot_wire_dot_v1_dot_peer__pb2.WeightsRequest.SerializeToString,
+            mesh_dot_wire_dot_v1_dot_peer__pb2.WeightsTicket.FromString,
             options,
             channel_credentials,
             insecure,

@@ -52,6 +52,8 @@ class PeerStub:
     """what the job's workers on this peer report"""
     Gossip: _grpc.UnaryUnaryMultiCallable[_identity_pb2.Packet, _identity_pb2.Packet]
     """gossip's reliable path: a second way to probe, and large exchanges"""
+    Weights: _grpc.UnaryUnaryMultiCallable[_peer_pb2.WeightsRequest, _peer_pb2.WeightsTicket]
+    """the way to a model's blocks here, for a member that lacks them"""
     Keys: _grpc.UnaryUnaryMultiCallable[_peer_pb2.KeysRequest, _identity_pb2.Packet]
     """the gossip keys, for a member that learnt of newer ones"""
     Answer: _grpc.UnaryUnaryMultiCallable[_peer_pb2.AnswerRequest, _peer_pb2.AnswerReply]
@@ -82,6 +84,8 @@ class PeerAsyncStub(PeerStub):
     """what the job's workers on this peer report"""
     Gossip: _aio.UnaryUnaryMultiCallable[_identity_pb2.Packet, _identity_pb2.Packet]  # type: ignore[assignment]
     """gossip's reliable path: a second way to probe, and large exchanges"""
+    Weights: _aio.UnaryUnaryMultiCallable[_peer_pb2.WeightsRequest, _peer_pb2.WeightsTicket]  # type: ignore[assignment]
+    """the way to a model's blocks here, for a member that lacks them"""
     Keys: _aio.UnaryUnaryMultiCallable[_peer_pb2.KeysRequest, _identity_pb2.Packet]  # type: ignore[assignment]
     """the gossip keys, for a member that learnt of newer ones"""
     Answer: _aio.UnaryUnaryMultiCallable[_peer_pb2.AnswerRequest, _peer_pb2.AnswerReply]  # type: ignore[assignment]
@@ -163,6 +167,14 @@ class PeerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_identity_pb2.Packet, _abc.Awaitable[_identity_pb2.Packet]]:
         """gossip's reliable path: a second way to probe, and large exchanges"""
+
+    @_abc_1.abstractmethod
+    def Weights(
+        self,
+        request: _peer_pb2.WeightsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_peer_pb2.WeightsTicket, _abc.Awaitable[_peer_pb2.WeightsTicket]]:
+        """the way to a model's blocks here, for a member that lacks them"""
 
     @_abc_1.abstractmethod
     def Keys(

@@ -1,0 +1,532 @@
+"""The daemon's side of models and their weights: where a model lies here, who has it elsewhere, and fetching it.
+
+The bytes are `mesh.weights.store`'s, a process that is started when it is first needed. The daemon asks other peers for
+tickets, tells the store where to connect, and tells the mesh what is here (gossip's entry "held").
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+import logging
+import math
+import secrets
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import msgpack
+import trio
+
+from mesh.errors import MeshError, ModelError, ModelMissing, NotAllowed, RequestError, WorkerError
+from mesh.jobs.model import Inspector, ModelInfo
+from mesh.jobs.peers import Progress
+from mesh.runtime.assignment import Assignment
+from mesh.weights.locate import locate, there
+from mesh.weights.near import MAX_SOURCES, nearest
+from mesh.wire.v1 import peer_pb2
+from topology.snapshot import Snapshot
+
+logger = logging.getLogger(__name__)
+
+#: The key of gossip's entry.
+HELD = "held"
+#: What a site tells the mesh: so many models, so many runs of layers of each; some 100 bytes a model.
+MAX_HELD, MAX_RUNS = 48, 8
+#: Bytes of a root that are told: 64 bits name a model among any number of them.
+TOLD_ROOT_BYTES = 8
+#: A ticket is answered from memory, but for the start of the store.
+TICKET_S = 20.0
+#: A source that could not be used is tried again after so long, then twice that, and so on.
+RETRY_S, MAX_RETRY_S = 1.0, 15.0
+#: The shards of one deployment are offered the same.
+OFFER_S = 30.0
+#: What the store answers at once.
+STORE_S = 30.0
+#: Reading a whole model to hash it: 2 TB at 100 MB/s take 20,000 s.
+SCAN_S = 6 * 3600.0
+_READ_BYTES = 1 << 16
+
+
+#: A site's `RemotePeer.weights`.
+TicketsOf = Callable[[str], Callable[[peer_pb2.WeightsRequest, float], Awaitable[peer_pb2.WeightsTicket]]]
+
+
+class View(Protocol):
+    """What is needed of `mesh.peer.view.MeshView`."""
+
+    def snapshot(self) -> Snapshot: ...
+    def alive(self, site: str) -> bool: ...
+
+
+class Placed(NamedTuple):
+    """What a worker opens, and whether it is the cache's."""
+
+    path: str
+    cached: bool
+
+
+class _Call:
+    """A request to the store."""
+
+    def __init__(self, number: int, on_event: Callable[[dict[str, Any]], None]) -> None:
+        self.number = number
+        self.on_event = on_event
+        self.done = trio.Event()
+        self.answer: dict[str, Any] = {}
+
+
+class StoreProcess:
+    """The store as the daemon sees it. Started by the first call; started again by the next one after it died."""
+
+    def __init__(self, command: Sequence[str], on_held: Callable[[list[dict[str, Any]]], None]) -> None:
+        self._command = tuple(command)
+        self._on_held = on_held
+        self._calls: dict[int, _Call] = {}
+        self._numbers = itertools.count(1)
+        self._process: trio.Process | None = None
+        self._starting = trio.Lock()
+        self._nursery: trio.Nursery | None = None
+
+    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep the process for the length of this task."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                task_status.started()
+                await trio.sleep_forever()
+        finally:
+            self._nursery = None
+            if self._process is not None:
+                self._process.kill()
+
+    async def start(self) -> None:
+        """See that it runs. Raises WorkerError."""
+        async with self._starting:
+            if self._process is None:
+                if self._nursery is None:
+                    raise WorkerError("this peer is stopping")
+                try:
+                    self._process = await trio.lowlevel.open_process(
+                        self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                    )
+                except OSError as error:
+                    raise WorkerError(f"the store of weights could not be started ({error})") from error
+                self._nursery.start_soon(self._mind, self._process)
+
+    async def call(
+        self,
+        operation: str,
+        deadline_s: float,
+        on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+        **body: Any,
+    ) -> dict[str, Any]:
+        """Ask, and wait for the answer. A cancelled call is cancelled there too. Raises the error it met."""
+        await self.start()
+        call = _Call(next(self._numbers), on_event)
+        self._calls[call.number] = call
+        try:
+            await self._send({"id": call.number, "op": operation, **body})
+            with trio.move_on_after(deadline_s) as scope:
+                await call.done.wait()
+            if scope.cancelled_caught:
+                raise WorkerError(f"the store of weights did not answer {operation!r} within {deadline_s:.0f} s")
+        finally:
+            del self._calls[call.number]
+            if not call.done.is_set() and self._process is not None:
+                with trio.move_on_after(1.0, shield=True):
+                    await self._send({"id": next(self._numbers), "op": "cancel", "other": call.number}, quiet=True)
+        if "error" in call.answer:
+            kind = ModelMissing if call.answer.get("missing") else ModelError
+            raise kind(str(call.answer["error"]))
+        found: dict[str, Any] = call.answer.get("ok", {})
+        return found
+
+    async def _send(self, message: dict[str, Any], *, quiet: bool = False) -> None:
+        process = self._process
+        try:
+            if process is None or process.stdin is None:
+                raise trio.BrokenResourceError
+            async with self._starting:  # one writer at a time
+                await process.stdin.send_all(msgpack.packb(message))
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            if not quiet:
+                raise WorkerError("the store of weights is gone") from None
+
+    async def _mind(self, process: trio.Process) -> None:
+        """Read what it says until it ends."""
+        assert process.stdout is not None
+        unpacker = msgpack.Unpacker(max_buffer_size=64 << 20)
+        try:
+            async for data in process.stdout:
+                unpacker.feed(data)
+                for message in unpacker:
+                    self._take(message)
+        except trio.BrokenResourceError:
+            pass
+        finally:
+            self._process = None
+            process.kill()
+            for call in list(self._calls.values()):
+                call.answer = {"error": "the store of weights ended"}
+                call.done.set()
+            with trio.CancelScope(shield=True):
+                await process.wait()
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if "held" in message:
+            self._on_held(message["held"])
+            return
+        call = self._calls.get(message.get("id", 0))
+        if call is None:
+            return
+        if "ok" in message or "error" in message:
+            call.answer = message
+            call.done.set()
+        else:
+            call.on_event(message)
+
+
+class Weights:
+    """What this site has of models, and how it comes by the rest. Made by `open_weights`."""
+
+    def __init__(
+        self,
+        site: str,
+        store: StoreProcess,
+        inspector: Inspector,
+        *,
+        models: Path | None,
+        withhold: Sequence[str],
+        delay_s: Callable[[str], float],
+        publish: Callable[[dict[str, Any]], None],
+        held: Callable[[], Mapping[str, Any]],
+    ) -> None:
+        """`models` as in `locate`, `withhold` are patterns of models that are not given away, `publish` tells the
+        mesh what is here, `held` is what the mesh told: gossip's entries by site.
+        """
+        self.site = site
+        self._view: View | None = None
+        self._peer: TicketsOf | None = None
+        self._store = store
+        self._inspector = inspector
+        self._models = models
+        self._withhold = tuple(withhold)
+        self._delay_s = delay_s
+        self._publish = publish
+        self._held = held
+        self._rows: list[dict[str, Any]] = []
+        self._opened: dict[str, str] = {}
+        self._offering = trio.Lock()
+        self._offers: dict[str, tuple[float, bytes]] = {}
+
+    def attach(self, view: View, peer: TicketsOf) -> None:
+        """The picture of the mesh and the way to its peers, which are made after this."""
+        self._view, self._peer = view, peer
+
+    # -- what is here
+
+    def describe(self) -> list[dict[str, Any]]:
+        """The rows of `mesh models`: what the store holds, and the folders that jobs here opened."""
+        told = [{**row, "root": row["root"].hex()} for row in self._rows]
+        known = {row["path"] for row in told}
+        for path, name in self._opened.items():
+            if path not in known:
+                told.append({"root": "", "name": name, "path": path, "cached": False})
+        return told
+
+    def store_changed(self, rows: list[dict[str, Any]]) -> None:
+        """The store says what it holds."""
+        self._rows = rows
+        self._tell()
+
+    def _tell(self) -> None:
+        told: list[dict[str, Any]] = []
+        for row in [row for row in self._rows if not self._withheld(row["name"], row["path"])][:MAX_HELD]:
+            runs = sorted(row["layers"], key=lambda run: run[0] - run[1])[:MAX_RUNS]
+            whole = row["bytes"] == row["total_bytes"]
+            told.append(
+                {"root": row["root"][:TOLD_ROOT_BYTES], "name": row["name"], "layers": sorted(runs), "whole": whole}
+            )
+        known = {row["path"] for row in self._rows}
+        for path, name in list(self._opened.items())[: MAX_HELD - len(told)]:
+            if path not in known and not self._withheld(name, path):
+                told.append({"root": b"", "name": name, "layers": [[0, 1 << 20]], "whole": True})
+        self._publish({"models": told})
+
+    def _opened_here(self, path: str, name: str) -> None:
+        if path not in self._opened and len(self._opened) < MAX_HELD:
+            self._opened[path] = name
+            self._tell()
+
+    def _withheld(self, name: str, path: str) -> bool:
+        return any(fnmatch.fnmatch(each, pattern) for pattern in self._withhold for each in (name, path))
+
+    # -- the owner's side
+
+    async def inspect(self, model: str) -> ModelInfo:
+        """What a model is, from this site's files or else from what other sites have. Raises ModelError."""
+        try:
+            path = locate(model, self._models)
+        except ModelMissing as missing:
+            root = self._root_named(model)
+            if root is None:
+                raise ModelError(str(missing)) from None
+            found = await self._fetch(root, None, (), lambda done, total: None)
+            await self._store.call("release", STORE_S, root=root)
+            return await self._inspector(found)
+        info = await self._inspector(path)
+        self._opened_here(info.path, info.spec.name)
+        return info
+
+    async def offer(self, model: str) -> bytes:
+        """What a site that lacks `model` has to know to fetch it: its root, its name, who has it."""
+        async with self._offering:
+            ends_at, packed = self._offers.get(model, (0.0, b""))
+            if trio.current_time() > ends_at:
+                packed = await self._make_offer(model)
+                self._offers = {model: (trio.current_time() + OFFER_S, packed)}
+            return packed
+
+    async def _make_offer(self, model: str) -> bytes:
+        info = await self.inspect(model)
+        answer = await self._store.call("scan", SCAN_S, path=info.path, name=info.spec.name)
+        root = bytes(answer["root"])
+        packed: bytes = msgpack.packb(
+            {"root": root, "name": info.spec.name, "sources": self._holders(root, [self.site])}
+        )
+        return packed
+
+    def _root_named(self, model: str) -> bytes | None:
+        """The root of a model that other sites tell of under this name. Without doubt only: one root."""
+        names = (model, Path(model).name)
+        roots = {
+            bytes(row["root"]) for site, rows in self._told() for row in rows if row["name"] in names and row["root"]
+        }
+        return roots.pop() if len(roots) == 1 else None
+
+    def _told(self) -> list[tuple[str, list[dict[str, Any]]]]:
+        """What other sites tell of what they hold, as far as it is well formed."""
+        found = []
+        for site, entry in self._held().items():
+            if site != self.site and self._view is not None and self._view.alive(site):
+                good = read_held(entry)
+                if good:
+                    found.append((site, good))
+        return found
+
+    def _holders(self, root: bytes, first: Iterable[str]) -> list[str]:
+        """Sites that have something of a model: `first`, then those that tell so."""
+        told = [site for site, rows in self._told() if any(row["root"] == root[:TOLD_ROOT_BYTES] for row in rows)]
+        return list(dict.fromkeys([*first, *sorted(told)]))
+
+    # -- a shard's side
+
+    @asynccontextmanager
+    async def place(
+        self, a: Assignment, offer: bytes, progress: Progress, *, cut: bool = True
+    ) -> AsyncIterator[Placed]:
+        """What a worker opens for this assignment, which is kept from eviction for the length of the block.
+
+        The model's own files where this site has them, else the cache's, filled as far as needed from the sites that
+        `offer` names. Raises ModelMissing without an offer, ModelError where nobody gives the blocks.
+        """
+        path = None
+        try:
+            path = locate(a.model, self._models)
+        except ModelMissing:
+            if not offer:
+                raise
+        if path is not None and (not offer or there(path)):
+            name = path.rpartition("/")[2] if there(path) else path
+            if path.endswith(".gguf"):
+                info = await self._inspector(path)
+                path, name = info.path, info.spec.name
+            yield Placed(path, cached=False)
+            self._opened_here(path, name)
+            return
+        root, sources = _read_offer(offer)
+        found = await self._fetch(root, a, sources, progress, cut=cut)
+        try:
+            yield Placed(found, cached=True)
+        finally:
+            with trio.move_on_after(STORE_S, shield=True):
+                try:
+                    await self._store.call("release", STORE_S, root=root)
+                except MeshError as error:
+                    logger.warning("%s", error)
+
+    async def _fetch(
+        self, root: bytes, a: Assignment | None, offered: Sequence[str], progress: Progress, *, cut: bool = True
+    ) -> str:
+        """Have the store fetch; the folder to open. Raises ModelError."""
+        ready = trio.Event()
+        live: set[str] = set()
+        retry_at: dict[str, float] = {}
+        waits: dict[str, float] = {}
+        number = 0
+        changed = trio.Event()
+
+        def give_up(site: str) -> None:
+            live.discard(site)
+            waits[site] = min(MAX_RETRY_S, waits.get(site, RETRY_S / 2) * 2)
+            retry_at[site] = trio.current_time() + waits[site]
+            changed.set()
+
+        def on_event(event: dict[str, Any]) -> None:
+            nonlocal number
+            if "total" in event:
+                progress(int(event["done"]), int(event["total"]))
+            elif "lost" in event:
+                logger.info("weights: %s is given up as a source: %s", event["lost"], event["why"])
+                give_up(str(event["lost"]))
+            elif "ready" in event:
+                number = int(event["id"])
+                ready.set()
+
+        async def feed() -> None:
+            nonlocal changed
+            await ready.wait()
+            while True:
+                changed = trio.Event()
+                now = trio.current_time()
+                links = () if self._view is None else self._view.snapshot().links
+                for site in nearest(self.site, self._holders(root, offered), links):
+                    if len(live) >= MAX_SOURCES:
+                        break
+                    if site not in live and retry_at.get(site, -math.inf) <= now:
+                        live.add(site)
+                        nursery.start_soon(ask, site)
+                with trio.move_on_after(RETRY_S / 2):
+                    await changed.wait()
+
+        async def ask(site: str) -> None:
+            try:
+                ticket = await self._ticket_of(site, root)
+                await self._store.call("source", STORE_S, fetch=number, site=site, **ticket)
+            except MeshError as error:
+                logger.info("weights: %s gives no ticket: %s", site, error)
+                give_up(site)
+
+        failure: MeshError | None = None
+        found: dict[str, Any] = {}
+        document = None if a is None else a.to_dict()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(feed)
+            try:
+                found = await self._store.call("fetch", SCAN_S, on_event, root=root, assignment=document, cut=cut)
+            except MeshError as error:
+                failure = error
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+        return str(found["path"])
+
+    async def _ticket_of(self, site: str, root: bytes) -> dict[str, Any]:
+        if self._peer is None:
+            raise WorkerError("this peer is starting")
+        ticket = await self._peer(site)(peer_pb2.WeightsRequest(root=root, site=self.site), TICKET_S)
+        return {"address": ticket.address, "key": ticket.key, "hello": ticket.hello, "delay_s": self._delay_s(site)}
+
+    # -- a source's side
+
+    async def ticket(self, request: peer_pb2.WeightsRequest) -> peer_pb2.WeightsTicket:
+        """Where and with which key a site may read a model's blocks here. Raises NotAllowed, ModelMissing."""
+        if len(request.root) != 32:
+            raise RequestError("a root has 32 bytes")
+        key, hello = secrets.token_bytes(32), b"weights/" + secrets.token_hex(8).encode()
+        answer = await self._store.call(
+            "admit",
+            STORE_S,
+            root=request.root,
+            key=key,
+            hello=hello,
+            site=request.site,
+            delay_s=self._delay_s(request.site),
+        )
+        # The store tells what it holds before it answers anything, so a model it admits to is among the rows.
+        row = next((row for row in self._rows if row["root"] == request.root), None)
+        if row is None or self._withheld(row["name"], row["path"]):
+            raise NotAllowed(f"{self.site} does not give this model away")
+        return peer_pb2.WeightsTicket(address=answer["address"], key=key, hello=hello)
+
+
+def _read_offer(offer: bytes) -> tuple[bytes, list[str]]:
+    try:
+        document = msgpack.unpackb(offer)
+        root, sources = bytes(document["root"]), [str(site) for site in document["sources"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RequestError(f"the offer of weights is not one: {error}") from None
+    if len(root) != 32 or len(sources) > MAX_HELD:
+        raise RequestError("the offer of weights is out of bounds")
+    return root, sources
+
+
+def read_held(entry: Any) -> list[dict[str, Any]]:
+    """What a site tells of its models, as far as an honest peer could have told it."""
+    found: list[dict[str, Any]] = []
+    rows = entry.get("models") if isinstance(entry, Mapping) else None
+    for row in rows[:MAX_HELD] if isinstance(rows, list) else ():
+        try:
+            runs = [(int(start), int(end)) for start, end in row["layers"][:MAX_RUNS]]
+            root, name = bytes(row["root"]), str(row["name"])
+        except (KeyError, TypeError, ValueError):
+            continue
+        if len(root) in (0, TOLD_ROOT_BYTES) and len(name) <= 200 and all(0 <= a < b <= 1 << 20 for a, b in runs):
+            found.append({"root": root, "name": name, "layers": runs, "whole": bool(row.get("whole"))})
+    return found
+
+
+@asynccontextmanager
+async def open_weights(
+    site: str,
+    folder: Path,
+    inspector: Inspector,
+    *,
+    host: str,
+    limit_bytes: int,
+    models: Path | None,
+    withhold: Sequence[str],
+    delay_s: Callable[[str], float],
+    publish: Callable[[dict[str, Any]], None],
+    held: Callable[[], Mapping[str, Any]],
+) -> AsyncIterator[Weights]:
+    """A site's weights for the length of the block. The store starts at once only where an earlier run left models."""
+    command = [
+        sys.executable,
+        "-m",
+        "mesh.weights.store",
+        str(folder),
+        "--host",
+        host,
+        "--limit-bytes",
+        str(limit_bytes),
+    ]
+    folder_there = there(str(folder))
+    weights: Weights
+
+    def changed(rows: list[dict[str, Any]]) -> None:
+        weights.store_changed(rows)
+
+    store = StoreProcess(command, changed)
+    weights = Weights(
+        site,
+        store,
+        inspector,
+        models=models,
+        withhold=withhold,
+        delay_s=delay_s,
+        publish=publish,
+        held=held,
+    )
+    async with trio.open_nursery() as nursery:
+        await nursery.start(store.run)
+        if folder_there:
+            await store.start()
+        try:
+            yield weights
+        finally:
+            nursery.cancel_scope.cancel()

@@ -1,0 +1,1 @@
+"""How a model's weights reach the sites that lack its files: manifest, blocks, cache, and the process that moves it."""
