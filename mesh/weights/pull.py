@@ -22,8 +22,9 @@ FIRST_WINDOW, MAX_WINDOW = 4, 64
 _SMOOTHING = 0.3
 #: A source is stalled when for so long nothing came though much was asked; longer where its blocks take longer.
 STALL_S, STALL_BLOCKS, MAX_STALL_S = 3.0, 8.0, 30.0
-#: A block is taken over where its source would need so many times what the taker needs.
-_TAKE_OVER = 1.5
+#: A block is taken over where its source would need so many times what the taker needs, and at least this
+#: long: less is not worth a block sent twice.
+_TAKE_OVER, _TAKE_OVER_S = 1.5, 0.1
 
 
 @dataclass
@@ -162,7 +163,7 @@ class Puller:
             for place, block in enumerate(other.asked, start=1):
                 if len(self._under_way[block]) == 1 and state.has(block):
                     due_s = place * pace + waited
-                    if due_s > _TAKE_OVER * mine_s and (worst is None or due_s > worst[0]):
+                    if due_s > max(_TAKE_OVER * mine_s, _TAKE_OVER_S) and (worst is None or due_s > worst[0]):
                         worst = (due_s, block)
         return None if worst is None else worst[1]
 
