@@ -137,6 +137,8 @@ async def test_a_source_that_lies_is_given_up_and_its_lie_is_not_kept(tmp_path):
         try:
             while True:
                 message = await driver.receive(channel, 30.0)
+                if message.kind == MANIFEST:
+                    await driver.send(channel, numbers(0, 1), w.manifest.encoded, 5.0, kind=MANIFEST)
                 if message.kind == WANT:
                     block, _ = read_numbers(message.meta)
                     await driver.send(channel, numbers(block), bytes(w.manifest.size_of(block)), 5.0, kind=BLOCK)
@@ -144,7 +146,12 @@ async def test_a_source_that_lies_is_given_up_and_its_lie_is_not_kept(tmp_path):
             return 0
 
     async with world(tmp_path) as w:
-        await w.fetch(w.source("honest"), w.source("liar", lie))
+        slow = Bucket(4e6)
+
+        async def paced(driver, channel):
+            return await serve(driver, channel, w.local, slow)
+
+        await w.fetch(w.source("honest", paced), w.source("liar", lie))
         assert w.whole()
         assert [site for site, _ in w.lost] == ["liar"]
         assert "not of the model" in w.lost[0][1]
