@@ -60,11 +60,14 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A model's files and tensors. `kv_heads` is the model's number of KV heads; 0 where its settings do not say."""
+    """A model's files and tensors. `heads` and `kv_heads` are the model's numbers of query and KV heads; 0 where its
+    settings do not say.
+    """
 
     name: str
     files: tuple[FileEntry, ...]
     tensors: tuple[TensorEntry, ...]
+    heads: int = 0
     kv_heads: int = 0
 
     @cached_property
@@ -72,7 +75,7 @@ class Manifest:
         """The bytes whose hash is the root."""
         files = [[f.name, f.size, f.head, f.digests] for f in self.files]
         tensors = [[t.name, t.file, t.offset, t.size, t.rows] for t in self.tensors]
-        packed: bytes = msgpack.packb([VERSION, self.name, BLOCK_BYTES, files, tensors, self.kv_heads])
+        packed: bytes = msgpack.packb([VERSION, self.name, BLOCK_BYTES, files, tensors, self.heads, self.kv_heads])
         return packed
 
     @cached_property
@@ -126,7 +129,7 @@ class Manifest:
         first = self.firsts[file]
         return range(first + start // BLOCK_BYTES, first + (end - 1) // BLOCK_BYTES + 1)
 
-    def heads(self) -> Iterator[int]:
+    def headers(self) -> Iterator[int]:
         """The blocks that every slice needs."""
         for number, file in enumerate(self.files):
             yield from self.covering(number, 0, file.head)
@@ -143,17 +146,21 @@ class Manifest:
 
     @classmethod
     def _checked(cls, document: Any) -> Manifest:
-        version, name, block, files, tensors, kv_heads = document
+        version, name, block, files, tensors, heads, kv_heads = document
         if (version, block) != (VERSION, BLOCK_BYTES):
             raise ValueError(f"version {version} with blocks of {block} bytes is unknown here")
-        if not (0 < len(files) <= MAX_FILES and len(tensors) <= MAX_TENSORS and 0 <= kv_heads <= 1 << 20):
+        if not (
+            0 < len(files) <= MAX_FILES
+            and len(tensors) <= MAX_TENSORS
+            and 0 <= min(heads, kv_heads) <= max(heads, kv_heads) <= MAX_TENSORS
+        ):
             raise ValueError("a count is out of bounds")
         found = tuple(_file(*entry) for entry in files)
         if len({file.name for file in found}) != len(found) or sum(file.size for file in found) > MAX_BYTES:
             raise ValueError("files of one name, or too many bytes")
         if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_CHARACTERS or not name.isprintable():
             raise ValueError("its name is none")
-        return cls(name, found, tuple(_tensor(found, *entry) for entry in tensors), int(kv_heads))
+        return cls(name, found, tuple(_tensor(found, *entry) for entry in tensors), int(heads), int(kv_heads))
 
 
 def blocks_in(size: int) -> int:

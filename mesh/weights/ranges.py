@@ -14,7 +14,7 @@ from typing import Protocol
 from mesh.weights.manifest import Manifest, TensorEntry
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|blk|h|blocks)\.(\d+)\.")
-_BY_HEADS = re.compile(r"\.(?:self_attn\.[qkv]_proj|attn_[qkv])\.(?:weight|bias)$")
+_BY_HEADS = re.compile(r"\.(?:self_attn\.|attn_)([qkv])(?:_proj)?\.(?:weight|bias)$")
 _BY_COLUMNS = re.compile(r"\.(?:mlp\.(?:gate|up)_proj|ffn_(?:gate|up))\.(?:weight|bias)$")
 _EMBEDDING = re.compile(r"(?:^|\.)(?:embed_tokens|token_embd|wte)\.weight$")
 _HEAD = re.compile(r"^(?:lm_head|output)\.(?:weight|bias)$")
@@ -29,6 +29,8 @@ class Slice(Protocol):
     def end(self) -> int: ...
     @property
     def kv_heads(self) -> tuple[int, int]: ...
+    @property
+    def heads(self) -> tuple[int, int] | None: ...
     @property
     def columns(self) -> tuple[int, int]: ...
     @property
@@ -52,7 +54,7 @@ def wanted(manifest: Manifest, part: Slice | None, *, cut: bool = True) -> list[
 
     cut: False takes every tensor of the part's layers, and every tensor outside of the layers, whole.
     """
-    needed = set(manifest.heads())
+    needed = set(manifest.headers())
     if part is not None:
         for file, start, end in spans(manifest, part, cut=cut):
             needed.update(manifest.covering(file, start, end))
@@ -63,7 +65,7 @@ def spans(manifest: Manifest, part: Slice, *, cut: bool = True) -> Iterator[tupl
     """What `part` reads of the tensors: file number, first byte, end."""
     tied = not any(_HEAD.search(tensor.name) for tensor in manifest.tensors)
     for tensor in manifest.tensors:
-        rows = _rows(tensor, part, manifest.kv_heads, tied) if cut else _uncut(tensor, part)
+        rows = _rows(tensor, part, manifest, tied) if cut else _uncut(tensor, part)
         if rows is not None:
             first, end = (tensor.offset + row * tensor.size // tensor.rows for row in rows)
             yield tensor.file, first, end
@@ -74,15 +76,18 @@ def _uncut(tensor: TensorEntry, part: Slice) -> tuple[int, int] | None:
     return (0, tensor.rows) if layer is None or part.start <= layer < part.end else None
 
 
-def _rows(tensor: TensorEntry, part: Slice, kv_heads: int, tied: bool) -> tuple[int, int] | None:
+def _rows(tensor: TensorEntry, part: Slice, manifest: Manifest, tied: bool) -> tuple[int, int] | None:
     """The rows of a tensor that the part reads, or None for none of them."""
     name, rows = tensor.name, tensor.rows
     layer = layer_of(name)
     if layer is not None:
         if not part.start <= layer < part.end:
             return None
-        if _BY_HEADS.search(name) and kv_heads and rows % kv_heads == 0:
-            return _within(part.kv_heads, kv_heads, rows)
+        found = _BY_HEADS.search(name)
+        if found is not None:
+            queries = part.heads if found[1] == "q" else None
+            span, of = (part.kv_heads, manifest.kv_heads) if queries is None else (queries, manifest.heads)
+            return _within(span, of, rows) if of and rows % of == 0 else (0, rows)
         if _BY_COLUMNS.search(name) and rows >= part.columns[1]:
             return part.columns
         return 0, rows
@@ -95,9 +100,9 @@ def _rows(tensor: TensorEntry, part: Slice, kv_heads: int, tied: bool) -> tuple[
     return 0, rows
 
 
-def _within(groups: tuple[int, int], kv_heads: int, rows: int) -> tuple[int, int]:
-    each = rows // kv_heads
-    return min(groups[0] * each, rows), min(groups[1] * each, rows)
+def _within(heads: tuple[int, int], of: int, rows: int) -> tuple[int, int]:
+    each = rows // of
+    return min(heads[0] * each, rows), min(heads[1] * each, rows)
 
 
 def _vocabulary(part: Slice, rows: int) -> tuple[int, int] | None:

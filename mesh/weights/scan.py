@@ -60,7 +60,7 @@ def scan(folder: Path, name: str) -> Manifest:
         config = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
         raise ModelError(f"{folder} cannot be read as a model: {' '.join(str(error).split())[:200]}") from error
-    return Manifest(name[-MAX_NAME_CHARACTERS:], tuple(files), tuple(tensors), _kv_heads(config))
+    return Manifest(name[-MAX_NAME_CHARACTERS:], tuple(files), tuple(tensors), *_heads(config))
 
 
 def _entry(path: Path, head: int) -> FileEntry:
@@ -110,9 +110,12 @@ def _gguf(path: Path) -> tuple[int, list[tuple[str, int, int, int]]]:
     return min((offset for _, offset, _, _ in found), default=path.stat().st_size), found
 
 
-def _kv_heads(config: dict[str, Any]) -> int:
-    heads = config.get("num_key_value_heads") or config.get("num_attention_heads") or 0
-    return heads if isinstance(heads, int) and 0 <= heads <= MAX_TENSORS else 0
+def _heads(config: dict[str, Any]) -> tuple[int, int]:
+    """Query and KV heads."""
+    heads = config.get("num_attention_heads") or 0
+    kv_heads = config.get("num_key_value_heads") or heads
+    good = all(isinstance(each, int) and 0 <= each <= MAX_TENSORS for each in (heads, kv_heads))
+    return (heads, kv_heads) if good else (0, 0)
 
 
 def _key(folder: Path) -> str:

@@ -17,7 +17,7 @@ from mesh.weights.scan import remember, remembered, scan
 
 def folder(path, rows=700):
     path.mkdir()
-    (path / "config.json").write_text(json.dumps({"num_key_value_heads": 4}))
+    (path / "config.json").write_text(json.dumps({"num_attention_heads": 8, "num_key_value_heads": 4}))
     (path / "tokenizer.json").write_text("{}")
     (path / "notes.pdf").write_bytes(b"private")
     tensors = {f"model.layers.{i}.self_attn.q_proj.weight": numpy.full((rows, 512), i, numpy.float32) for i in range(3)}
@@ -38,7 +38,7 @@ def test_the_same_files_have_the_same_root_and_another_byte_gives_another(tmp_pa
 def test_only_weights_settings_and_vocabularies_are_in_it(tmp_path):
     manifest = scan(folder(tmp_path / "a"), "m")
     assert [file.name for file in manifest.files] == ["model.safetensors", "config.json", "tokenizer.json"]
-    assert manifest.kv_heads == 4
+    assert (manifest.heads, manifest.kv_heads) == (8, 4)
     assert [tensor.rows for tensor in manifest.tensors] == [700] * 3
 
 
@@ -74,7 +74,7 @@ def test_a_file_that_is_no_model_is_an_error_of_one_line(tmp_path, damage):
 
 
 def example():
-    return Manifest("m", (FileEntry("w", BLOCK_BYTES + 5, 9, b"d" * 64),), (TensorEntry("t", 0, 9, 40, 4),), 2)
+    return Manifest("m", (FileEntry("w", BLOCK_BYTES + 5, 9, b"d" * 64),), (TensorEntry("t", 0, 9, 40, 4),), 4, 2)
 
 
 def test_a_manifest_survives_its_encoding_and_is_refused_under_another_root():
@@ -93,7 +93,7 @@ numbers = st.sampled_from([0, 1, 5, -1, BLOCK_BYTES, 1 << 62, 1.5, None, "3"])
 def test_a_hostile_manifest_is_refused_in_one_way(name, size, head, digests, at):
     import hashlib
 
-    document = [1, "m", BLOCK_BYTES, [[name, size, head, digests]], [["t", 0, at, 1, 1]], 0]
+    document = [1, "m", BLOCK_BYTES, [[name, size, head, digests]], [["t", 0, at, 1, 1]], 0, 0]
     data = msgpack.packb(document)
     try:
         manifest = Manifest.decode(data, hashlib.sha256(data).digest())

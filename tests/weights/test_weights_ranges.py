@@ -33,12 +33,12 @@ def manifest(style="transformers", *, tied=False):
         tensors.append(TensorEntry(name, 0, at, rows * 100, rows))
         at += rows * 100
     size = at
-    return Manifest("m", (FileEntry("w", size, 50, bytes(32) * -(-size // BLOCK_BYTES)),), tuple(tensors), KV)
+    return Manifest("m", (FileEntry("w", size, 50, bytes(32) * -(-size // BLOCK_BYTES)),), tuple(tensors), HEADS, KV)
 
 
-def part(start=0, end=LAYERS, kv=(0, KV), columns=(0, COLUMNS), vocabulary=(0, VOCAB), leads=True):
+def part(start=0, end=LAYERS, kv=(0, KV), columns=(0, COLUMNS), vocabulary=(0, VOCAB), leads=True, heads=None):
     return SimpleNamespace(
-        start=start, end=end, kv_heads=kv, columns=columns, vocabulary=vocabulary,
+        start=start, end=end, kv_heads=kv, heads=heads, columns=columns, vocabulary=vocabulary,
         first=start == 0, last=end == LAYERS, leads=leads,
     )  # fmt: skip
 
@@ -72,6 +72,15 @@ def test_a_stage_takes_its_layers_and_a_shard_its_rows(style):
 
 
 @pytest.mark.parametrize("style", NAMES)
+def test_query_heads_that_share_a_kv_head_are_cut_apart_and_their_kv_head_is_taken_by_both(style):
+    made = manifest(style)
+    attention, *_ = NAMES[style]
+    taken = named(made, spans(made, part(kv=(1, 2), heads=(3, 4))))
+    assert taken[attention.format(0, "q")] == 64 * 100 // HEADS
+    assert taken[attention.format(0, "k")] == 32 * 100 // KV
+
+
+@pytest.mark.parametrize("style", NAMES)
 def test_embedding_and_head_go_where_they_are_read(style):
     made = manifest(style)
     _, _, embedding, head, _ = NAMES[style]
@@ -89,7 +98,7 @@ def test_a_tied_head_is_rows_of_the_embedding():
 
 def test_what_is_not_known_by_name_is_taken_whole():
     tensors = tuple(TensorEntry(name, 0, i * 10, 10, 2) for i, name in enumerate(("model.layers.0.mlp.experts.w", "x")))
-    made = Manifest("m", (FileEntry("w", 20, 0, bytes(32)),), tensors, KV)
+    made = Manifest("m", (FileEntry("w", 20, 0, bytes(32)),), tensors, HEADS, KV)
     assert sum(end - start for _, start, end in spans(made, part(0, 1, kv=(0, 1), columns=(0, 1)))) == 20
 
 
