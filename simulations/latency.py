@@ -12,6 +12,7 @@ import gzip
 import math
 import random
 import re
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def load_rtt(path: str | Path) -> Matrix:
         if place.suffix == ".gz":
             data = gzip.decompress(data)
         text = data.decode("utf-8-sig")
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"{place}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{place}: not a text file: expected a CSV of round trips in ms") from None

@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
+import networkx as nx
+
 from benchmarks.gossip.measures import coordinate_error
 from benchmarks.gossip.watch import Report, Watch, first_reports, percentile, spread
 from mesh.errors import DeadlineExceeded
@@ -103,6 +105,7 @@ class _Run:
             on_event=self._watch.event,
         )
         self._at = Moments()
+        self._grouped: dict[bool, dict[str, int]] = {}
 
     def figures(self) -> dict[str, Any]:
         joined_s = self._start()
@@ -254,17 +257,31 @@ class _Run:
         at = self._at
         if {report.observer, report.subject} & {*at.struck.bad}:
             return False
-        if report.subject in at.crashed and report.when_s >= at.crash_s:
+        crashed = report.when_s >= at.crash_s
+        if crashed and report.subject in at.crashed:
             return False
+        if at.struck.pairs and report.when_s >= at.fault_s:
+            groups = self._groups(crashed)
+            return groups[report.observer] == groups[report.subject]
         apart = at.healed_s is not None and at.fault_s <= report.when_s < at.healed_s
         return not (apart and (report.observer in at.struck.halves[0]) != (report.subject in at.struck.halves[0]))
+
+    def _groups(self, crashed: bool) -> dict[str, int]:
+        """Site -> number of the group whose members reach each other there and back, if only through others."""
+        if crashed not in self._grouped:
+            gone = self._at.crashed if crashed else ()
+            paths = nx.complete_graph([site for site in self._sites if site not in gone], create_using=nx.DiGraph)
+            paths.remove_edges_from(self._at.struck.pairs)
+            groups = enumerate(nx.strongly_connected_components(paths))
+            self._grouped[crashed] = {site: number for number, group in groups for site in group}
+        return self._grouped[crashed]
 
     def _apart(self) -> list[Report]:
         healed_s = self._at.healed_s
         return [report for report in self._watch.deaths if healed_s is None or report.when_s < healed_s]
 
     def _convergence(self) -> dict[str, Any]:
-        times, missing = spread(self._watch.changes, self._healthy())
+        times, missing = spread(self._watch.changes, self._sites)
         figures = {name: _rounded(percentile(times, share, missing)) for name, share in CONVERGENCE.items()}
         return {"converge_s": figures, "unconverged": missing}
 

@@ -11,7 +11,9 @@ The weights make the *relative* error small and its outliers cheap: base weight 
 (iterated reweighting for a sum of absolute errors); triangles that the network violates then cost little, where squares
 would smear them over everybody. Peers heard long ago count less, most of all in the beginning, when they have moved far
 since. What a peer says of its own error is not used, so nobody gains weight by boasting. A single peer cannot
-outweigh the rest: base weights are capped at `MAX_SHARE` times their median, and a step by the median round trip.
+outweigh the rest: base weights are capped at `MAX_SHARE` times their median, and a step by the median round trip or,
+where that is longer, by the median of how far off the peers are: who is far from where most peers would have it (near
+sites that start in random places, say) may go there at once.
 
 Pure: randomness is injected, time is only compared.
 """
@@ -204,13 +206,14 @@ class Coordinates:
             away = self._place - places
             distance = np.sqrt(np.einsum("ij,ij->i", away, away) + 1e-12)
             gaps = rtts - distance - heights - self._height_s
+            reach_s = max(limit_s, _middle(np.abs(gaps)))
             weight = base / np.hypot(gaps / scale, SOFTNESS)
             weight /= weight.sum()
             force = weight * gaps
             step = (force / distance) @ away
             length = math.sqrt(float(step @ step))
-            self._place = self._place + step * (pace * min(1.0, limit_s / length if length else 1.0))
-            height_s = self._height_s + pace * max(-limit_s, min(limit_s, float(force.sum())))
+            self._place = self._place + step * (pace * min(1.0, reach_s / length if length else 1.0))
+            height_s = self._height_s + pace * max(-reach_s, min(reach_s, float(force.sum())))
             self._height_s = min(max(height_s, MIN_HEIGHT_S), MAX_HEIGHT_S)
         self._place = np.clip(self._place, -MAX_PLACE_S, MAX_PLACE_S)
         relative = np.minimum(np.abs(gaps) / scale, MAX_ERROR)

@@ -7,7 +7,6 @@ also published, now and then, so that everybody can estimate every pair.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any, Final
 
 from mesh.gossip.config import Randomness
@@ -73,8 +72,8 @@ class Distances:
     def _report(self, peer: Peer, now: float) -> LinkReport:
         links, reach = self.links, peer.reach
         age_s = max(0.0, now - reach.answered_s) if reach.answered_s > float("-inf") else None
-        report = LinkReport.of(peer.rtt.summary(), reach.out, reach.into, links.bandwidth(peer.site))
-        return replace(report, age_s=age_s, transport=links.transport(peer.site))
+        bandwidth, transport = links.bandwidth(peer.site), links.transport(peer.site)
+        return LinkReport.of(peer.rtt.summary(), reach.out, reach.into, bandwidth, age_s=age_s, transport=transport)
 
     def look_gap_s(self, others: int, least_s: float) -> float:
         """Seconds between two calls of `news`: drawn anew each time where sites are many, so that none keep step."""

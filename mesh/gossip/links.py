@@ -77,11 +77,20 @@ class LinkReport:
     transport: str | None = None
 
     @classmethod
-    def of(cls, rtt: Rtt | None, out: bool | None, into: bool | None, bandwidth: float | None) -> LinkReport:
+    def of(
+        cls,
+        rtt: Rtt | None,
+        out: bool | None,
+        into: bool | None,
+        bandwidth: float | None,
+        *,
+        age_s: float | None = None,
+        transport: str | None = None,
+    ) -> LinkReport:
         """From what is measured here."""
         if rtt is None:
-            return cls(out=out, into=into, bandwidth=bandwidth)
-        return cls(rtt.min_s, rtt.median_s, rtt.jitter_s, rtt.loss, out, into, bandwidth)
+            return cls(None, None, 0.0, 0.0, out, into, bandwidth, age_s, transport)
+        return cls(rtt.min_s, rtt.median_s, rtt.jitter_s, rtt.loss, out, into, bandwidth, age_s, transport)
 
     @property
     def cut(self) -> bool:

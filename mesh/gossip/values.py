@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Collection
+from typing import Any, cast
 
 import msgpack
 
@@ -13,6 +14,9 @@ from mesh.gossip.config import MAX_VALUE_BYTES
 MAX_DEPTH = 8
 #: Elements in all: bounds the memory that many tiny elements would blow up to (about 50 bytes each in Python).
 MAX_ELEMENTS = 4096
+
+_PLAIN = frozenset({type(None), bool, int, str, bytes})
+_ALLOWED = _PLAIN | {float, list, dict}
 
 
 def pack_value(value: dict[str, Any]) -> bytes:
@@ -41,24 +45,36 @@ def unpack_value(data: bytes) -> dict[str, Any]:
         raise ValueError(f"gossip value is not msgpack: {type(error).__name__}") from None
     if type(value) is not dict:
         raise ValueError("gossip value is not a dict")
-    if _count(value, 0) > MAX_ELEMENTS:
-        raise ValueError(f"gossip value has more than {MAX_ELEMENTS} elements")
+    _check(value)
     return value
 
 
-def _count(value: Any, depth: int) -> int:
-    """Elements in `value`; raises ValueError for what has no place in one."""
-    if depth > MAX_DEPTH:
+def _check(value: dict[str, Any]) -> None:
+    """Raise ValueError for what has no place in a value, and for too much of it.
+
+    Level by level, and each container by the set of its elements' types: every entry of every site comes through here.
+    """
+    count, level = 1, cast("list[dict[str, Any] | list[Any]]", [value])
+    for _ in range(MAX_DEPTH):
+        deeper: list[dict[str, Any] | list[Any]] = []
+        for holder in level:
+            if type(holder) is dict:
+                if not {*map(type, holder)} <= {str}:
+                    raise ValueError("gossip value has a key that is not a string")
+                items: Collection[Any] = holder.values()
+            else:
+                items = holder
+            count += len(items)
+            kinds = {*map(type, items)}
+            if kinds <= _PLAIN:
+                continue
+            if strange := kinds - _ALLOWED:
+                raise ValueError(f"gossip value holds a {min(kind.__name__ for kind in strange)}")
+            if not all(math.isfinite(item) for item in items if type(item) is float):
+                raise ValueError("gossip value holds a number that is not finite")
+            deeper += [item for item in items if type(item) in (dict, list)]
+        if count > MAX_ELEMENTS:
+            raise ValueError(f"gossip value has more than {MAX_ELEMENTS} elements")
+        level = deeper
+    if any(level):
         raise ValueError(f"gossip value is nested deeper than {MAX_DEPTH}")
-    kind = type(value)
-    if kind is dict:
-        if any(type(key) is not str for key in value):
-            raise ValueError("gossip value has a key that is not a string")
-        return 1 + sum(_count(item, depth + 1) for item in value.values())
-    if kind is list:
-        return 1 + sum(_count(item, depth + 1) for item in value)
-    if kind is float and not math.isfinite(value):
-        raise ValueError("gossip value holds a number that is not finite")
-    if value is None or kind in (bool, int, float, str, bytes):
-        return 1
-    raise ValueError(f"gossip value holds a {kind.__name__}")

@@ -10,8 +10,12 @@ import sys
 import pytest
 
 from benchmarks.gossip.__main__ import main
+from benchmarks.gossip.scenario import Settings, _Run
 from benchmarks.gossip.watch import Change, Report, Watch, first_reports, percentile, spread
 from mesh.gossip.core import Event
+from mesh.gossip.profiles import PROFILES
+from simulations.faults import Struck, parse_fault
+from simulations.latency import uniform
 
 CSV = "site,Oregon,New York,C\nOregon,0,60,100\nNew York,62,0,\nC,100,40,0\n"
 
@@ -59,6 +63,39 @@ def test_halves_of_a_partition_report_each_other_and_meet_again(capsys):
 def test_under_a_lasting_fault_a_crash_of_a_healthy_site_is_timed(capsys, fault):
     found = figures(capsys, "--sites", "5", "--minutes", "0.5", "--fault", fault)
     assert found["detect_s"]["p50"] is not None
+
+
+@pytest.mark.parametrize(
+    "fault", ["crash:2", "slow:2:1", "loss:3:0.8", "flap-ingress:1:2:2", "oneway:3", "partition:5"]
+)
+def test_the_spreading_of_changes_is_timed_whoever_suffers_later(capsys, fault):
+    found = figures(capsys, "--sites", "3", "--minutes", "0.2", "--fault", fault)
+    assert 0 < found["converge_s"]["p50"] <= found["converge_s"]["p99"] < 1
+    assert found["unconverged"] == 0
+
+
+def test_two_that_nobody_can_connect_may_give_each_other_up(capsys):
+    # After the crash half way there is nobody left between the two ends of the path that works one way.
+    found = figures(capsys, "--sites", "2", "--minutes", "0.5", "--fault", "oneway:1")
+    assert found["events_by_kind"]["dead"] >= 1
+    assert found["false_positives"] == 0
+
+
+@pytest.mark.parametrize(
+    ("pairs", "wrong"),
+    [
+        ([("a", "b"), ("a", "c"), ("b", "c")], False),  # nothing comes back to a
+        ([("a", "b"), ("b", "c"), ("c", "a")], True),  # the other way round everybody is reached
+        ([("a", "b")], True),
+    ],
+)
+def test_a_report_is_wrong_if_there_is_any_way_there_and_back(pairs, wrong):
+    run = _Run(Settings(uniform(3, 10.0).sites(3, 1), 1.0, 1, PROFILES["isthmus"], parse_fault("none")))
+    run._sites = ("a", "b", "c")
+    run._at.struck = Struck(pairs=tuple(pairs))
+    run._at.fault_s, run._at.crash_s = 5.0, 50.0
+    assert run._is_wrong(Report(6.0, "a", "b")) is wrong
+    assert run._is_wrong(Report(4.0, "a", "b"))
 
 
 def test_profiles_differ_in_nothing_but_the_algorithm(capsys):

@@ -56,6 +56,13 @@ def test_sites_in_a_plane_are_found():
     assert found[len(found) * 9 // 10] < 0.15
 
 
+@pytest.mark.parametrize("count", [2, 3, 12])
+def test_sites_in_one_building_find_each_other_from_wherever_they_start(count):
+    rtts = np.full((count, count), 1e-4)
+    found = errors(settle(rtts, 40), rtts)
+    assert found[len(found) * 9 // 10] < 0.3
+
+
 def test_the_same_chance_gives_the_same_coordinates():
     rtts = plane(8)
     assert [s.own() for s in settle(rtts, 20)] == [s.own() for s in settle(rtts, 20)]

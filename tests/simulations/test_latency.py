@@ -68,6 +68,11 @@ def test_files_that_are_missing_or_no_text_are_refused(tmp_path):
     (tmp_path / "c.tsv.gz").write_bytes(b"no gzip")
     with pytest.raises(ConfigError, match=r"c\.tsv\.gz"):
         load_rtt(tmp_path / "c.tsv.gz")
+    broken = bytearray(gzip.compress(b"0 1\n1 0\n" * 50))
+    broken[10] ^= 0xFF
+    (tmp_path / "e.tsv.gz").write_bytes(broken)
+    with pytest.raises(ConfigError, match=r"e\.tsv\.gz: cannot be read"):
+        load_rtt(tmp_path / "e.tsv.gz")
     with pytest.raises(ConfigError, match="must be square"):
         load_rtt(written(tmp_path / "d.tsv", "0\t1\n1\n"))
 
