@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import peers, plans, whole
+from benchmarks.command import command
 from mesh.cli.tables import mebibytes, say, table
 from mesh.errors import MeshError
 from simulations.processes import ending_on_signals
@@ -113,4 +114,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

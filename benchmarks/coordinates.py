@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.command import command
 from benchmarks.serf_coordinates import SerfCoordinates
 from mesh.errors import MeshError
 from mesh.gossip.coordinates import Coordinate, Coordinates, estimate_s
@@ -111,4 +112,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import command
 from mesh.runtime.assignment import Assignment
 
 PROMPT = 32
@@ -139,4 +140,4 @@ def _memory(model: str, dtype: str, threads: int) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -26,6 +26,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.command import command
 from topology import Constraints, Device, Link, ModelSpec, NoFeasiblePlan, Plan, Site, Snapshot, partition
 from topology import cost as model_cost
 from topology.picture import Node, Picture, look
@@ -327,4 +328,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command(main)

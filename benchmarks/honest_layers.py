@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import command
 from benchmarks.decode import DEFAULT_MODEL, whole
 from mesh.cli.tables import table
 from topology import Device, ModelSpec, Site, Snapshot
@@ -150,4 +150,4 @@ class _Nobody:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import mesh
+from benchmarks.command import command
 from mesh.cli.tables import say, table
 from mesh.errors import MeshError
 from simulations.processes import Fleet, SiteSpec, ending_on_signals, wait_converged
@@ -294,4 +295,4 @@ def _row(each: Honesty, *, details: bool) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

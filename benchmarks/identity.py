@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.command import command
 from mesh.identity.authority import Authority
 from mesh.identity.certificate import make_csr
 from mesh.identity.invitation import Invitation
@@ -120,4 +120,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

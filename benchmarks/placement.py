@@ -21,6 +21,7 @@ from random import Random
 from typing import Any, NoReturn
 
 from benchmarks import placement_dtfm, placement_prima
+from benchmarks.command import command
 from benchmarks.placement_case import CaseError, parse_case, read_document
 from mesh.cli.tables import say, table
 from mesh.errors import MeshError
@@ -204,4 +205,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

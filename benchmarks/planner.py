@@ -13,11 +13,11 @@ import argparse
 import json
 import math
 import random
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any, Final
 
+from benchmarks.command import command
 from topology import Constraints, Device, Link, ModelSpec, NoFeasiblePlan, Site, Snapshot, partition
 from topology.constraints import OBJECTIVES
 
@@ -107,7 +107,10 @@ def measure(snapshot: Snapshot, needs: int, objective: str) -> dict[str, Any]:
     lost = plan.ring[0]
     left = snapshot.without({lost})
     began_s = time.process_time()
-    again = partition(left, spec, asked, previous=plan)
+    try:
+        again = partition(left, spec, asked, previous=plan)
+    except NoFeasiblePlan as error:
+        return row | {"replan_s": round(time.process_time() - began_s, 3), "replan_error": str(error)}
     row["replan_s"] = round(time.process_time() - began_s, 3)
     row["replanned_token_ms"] = again.predicted.token_ms
     row["kept"] = len({shard.key for shard in plan.shards} & {shard.key for shard in again.shards}) / max(
@@ -140,4 +143,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

@@ -50,7 +50,7 @@ class DeviceEntry(Document):
     name: Name
     vendor: str = Field("", max_length=200)
     kind: str = Field("", max_length=200)
-    memory_bytes: Whole = Field(gt=0, le=MAX_MEMORY_BYTES)
+    memory_bytes: Whole = Field(ge=0, le=MAX_MEMORY_BYTES, description="0: nothing of the device may be used")
     free_bytes: Whole | None = Field(None, ge=0, le=MAX_MEMORY_BYTES, description="Left of memory_bytes; default: all")
     flops: dict[str, Annotated[float, Field(gt=0, le=MAX_FLOPS)]] = Field(min_length=1)
     memory_bandwidth_bytes_per_s: float = Field(gt=0, le=MAX_MEMORY_BANDWIDTH)

@@ -119,7 +119,7 @@ class Chains:
         for names in sorted(self._sets(), key=lambda names: len(names) < len(self.regions)):
             if found and stop():
                 break
-            chain = self._chain(names)
+            chain = self._chain(names, stop)
             if chain is not None:
                 found[names] = chain
         # (regions used, crossings) -> best choice of disjoint chains
@@ -174,17 +174,22 @@ class Chains:
             key=lambda order: sum(self._ms.get(pair, math.inf) for pair in itertools.pairwise(order)),
         )
 
-    def _chain(self, names: frozenset[int]) -> Chain | None:
+    def _chain(self, names: frozenset[int], stop: Callable[[], bool]) -> Chain | None:
         order = self._order(names)
         members = [i for r in order for i in self.regions[r]]
         most = sum(len(self._rates[self._kind[i]]) for i in members)
         if most < self.pool.layers or any(pair not in self._capacity for pair in itertools.pairwise(order)):
             return None
-        low, high = 0.0, math.fsum(max(k * r for k, r in enumerate(self._rates[self._kind[i]], 1)) for i in members)
+        low, high = (
+            0.0,
+            math.fsum(max((k * r for k, r in enumerate(self._rates[self._kind[i]], 1)), default=0.0) for i in members),
+        )
         high /= self.pool.layers
         best: list[list[Group]] | None = None
         reached = 0.0
         for _ in range(HALVINGS):
+            if best is not None and stop():
+                break
             middle = (low + high) / 2
             groups = self._grouped(order, middle)
             if groups is None:

@@ -21,6 +21,7 @@ from topology.flow import SINK, SOURCE, Pool, Throughput, bound_tokens_per_s, me
 from topology.flow_chains import Chain, Chains
 from topology.flow_fast import Evaluator
 from topology.flow_moves import Change, Moves
+from topology.flow_thread import rejoined, threaded
 from topology.flow_untangle import Ranges, untangled
 
 #: Proposals in all: on one core of an AMD EPYC about 12 s for 24 machines and 80 layers.
@@ -36,8 +37,9 @@ SMOOTH: Final = 0.05
 _SHARPNESS: Final = 6
 #: Share of the proposals for layouts whose tokens never leave a region, where a region can hold the model.
 APART: Final = 0.25
-#: Share of the most flow that may be given up for less network time.
+#: Share of the most flow that may be given up for less network time; and to stay within regions.
 SLACK: Final = 0.02
+STAYING: Final = 1 / 3
 #: Points of the front, at most; they are spread over it.
 FRONT: Final = 16
 
@@ -134,7 +136,10 @@ class _Search:
         self.tried = 0
         self.met: list[Met] = []
 
-        self.starts = [self._laid(chains) for chains in self.chains.best(stop)]
+        laid = [rejoined(self.evaluator, *self._laid(chains), stop) for chains in self.chains.best(stop)]
+        self.starts = [layout for layout in laid if self.evaluator.flow(*layout)[0] > 0]
+        if len(self.starts) < max(len(laid), 1) and (thread := threaded(self.evaluator)) is not None:
+            self.starts.append(thread)
 
     def run(self, iterations: int) -> None:
         states = [self._state(start, end) for start, end in self.starts or [self._even()]]
@@ -237,7 +242,7 @@ def _answer(search: _Search, layouts: Sequence[Ranges]) -> Placements:
 
 
 def choose(front: Sequence[Placement]) -> Placement:
-    """Nearly the most flow, unless staying within regions has the better power.
+    """Nearly the most flow, unless staying within regions has the better power and most of the flow.
 
     Power is throughput over delay (Kleinrock, 1979): leaving a region is worth it where it gains more flow, in
     proportion, than it adds network time. Once tokens do cross, the most flow is taken, but for the last `SLACK` of it,
@@ -246,7 +251,9 @@ def choose(front: Sequence[Placement]) -> Placement:
     most = front[-1].gives.tokens_per_s
     crossed = max((p for p in front if p.gives.tokens_per_s >= (1 - SLACK) * most), key=_power)
     staying = [placement for placement in front if placement.crossing_tokens_per_s == 0]
-    return staying[-1] if staying and _power(staying[-1]) >= _power(crossed) else crossed
+    if not staying or staying[-1].gives.tokens_per_s < (1 - STAYING) * most:
+        return crossed
+    return staying[-1] if _power(staying[-1]) >= _power(crossed) else crossed
 
 
 def _power(placement: Placement) -> float:

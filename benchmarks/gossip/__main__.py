@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from benchmarks.command import command
 from benchmarks.gossip import scenario
 from benchmarks.gossip.compare import calibrate, compare, faults_for
 from mesh.cli.tables import say, table
@@ -227,4 +228,4 @@ def _number(low: float, high: float) -> Callable[[str], float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

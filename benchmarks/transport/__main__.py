@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 
+from benchmarks.command import command
 from benchmarks.transport.rows import LeftOut, Options, Row
 from mesh.cli.tables import table
 from mesh.errors import MeshError
@@ -91,4 +92,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)
