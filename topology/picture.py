@@ -8,7 +8,7 @@ broken or lying peer cannot stop the others from planning.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -17,6 +17,7 @@ from topology.eligible import allowed_device, allowed_sites
 from topology.errors import TopologyError
 from topology.model import DTYPE_BYTES, ModelSpec
 from topology.needs import meeting
+from topology.relays import RELAY_COST_S
 from topology.snapshot import Decoding, Device, Link, Site, Snapshot
 
 #: Bounds of what is believed: a minute of round trip, 10 TB/s of link, 1 EB of memory, 1 PB/s, 1 ZFLOP/s.
@@ -90,7 +91,10 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Path:
-    """One direction of a pair. `one_way_s` is expected latency with jitter and loss, infinite where unreachable."""
+    """One direction of a pair. `one_way_s` is expected latency with jitter and loss, infinite where unreachable.
+
+    Where the pair goes through a relay the figures are of both links and the relay.
+    """
 
     one_way_s: float
     bandwidth: float
@@ -313,20 +317,38 @@ def _paths(
     for site in snapshot.sites:
         if site.name in names:
             paths[site.name, site.name] = _local(site, notes)
+
+    def direct(left: str, right: str) -> Iterator[tuple[tuple[str, str], Path]]:
+        pairs = [(left, right), (right, left)]
+        cut = any(pair in links and not links[pair].reachable for pair in pairs) and not ignore_unreachable
+        known = [sound[pair] for pair in pairs if pair in sound and (sound[pair].reachable or ignore_unreachable)]
+        for source, target in pairs:
+            own = sound.get((source, target))
+            said = [own] if own and own.directed else known
+            bandwidth = own.bandwidth if own else min((k.bandwidth for k in known), default=UNMEASURED_BANDWIDTH)
+            barred = cut if not (own and own.directed) else not own.reachable and not ignore_unreachable
+            yield (source, target), _path(said, default_s, bandwidth, barred)
+
     for index, left in enumerate(names):
         for right in names[index + 1 :]:
-            pairs = [(left, right), (right, left)]
-            bad = [pair for pair in pairs if pair in links and pair not in sound]
+            bad = [pair for pair in ((left, right), (right, left)) if pair in links and pair not in sound]
             notes.extend(f"link {a} -> {b} has impossible figures and counts as not measured" for a, b in bad)
-            cut = any(pair in links and not links[pair].reachable for pair in pairs) and not ignore_unreachable
-            known = [sound[pair] for pair in pairs if pair in sound and (sound[pair].reachable or ignore_unreachable)]
-            for source, target in pairs:
-                own = sound.get((source, target))
-                said = [own] if own and own.directed else known
-                bandwidth = own.bandwidth if own else min((k.bandwidth for k in known), default=UNMEASURED_BANDWIDTH)
-                barred = cut if not (own and own.directed) else not own.reachable and not ignore_unreachable
-                paths[source, target] = _path(said, default_s, bandwidth, barred)
+            paths.update(direct(left, right))
+    for pair in [pair for pair in paths if pair in links and links[pair].via]:
+        via = links[pair].via
+        first, second = dict(direct(pair[0], via))[pair[0], via], dict(direct(via, pair[1]))[via, pair[1]]
+        if first.measured and second.measured and first.reachable and second.reachable:
+            paths[pair] = _relayed(first, second)
     return paths
+
+
+def _relayed(first: Path, second: Path) -> Path:
+    """Two links and the relay between them."""
+    return Path(
+        first.one_way_s + second.one_way_s + RELAY_COST_S / 2,
+        min(first.bandwidth, second.bandwidth),
+        first.rtt_s + second.rtt_s + RELAY_COST_S,
+    )
 
 
 def _path(known: Iterable[Link], default_s: float, bandwidth: float, cut: bool) -> Path:

@@ -71,7 +71,7 @@ class Site:
     """A site with its devices. `local_rtt_s` and `local_bandwidth` (bytes/s) describe the link between its devices.
 
     `trusted` is False for a site that must not see what the user keeps to trusted sites. `price_per_hour` is paid where
-    any of its devices is used.
+    any of its devices is used. `relays`: whether it hands on what others cannot send each other directly.
     """
 
     name: str
@@ -81,6 +81,7 @@ class Site:
     local_bandwidth: float = 2e9
     trusted: bool = True
     price_per_hour: float = 0.0
+    relays: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,8 @@ class Link:
     `measured` is False where the RTT is an estimate; `reachable` is False where the pair cannot exchange traffic.
     `age_s` is how long ago the RTT was measured, or last told by who measures it (who tells it again when it changes);
     None for an estimate. It does not count when links are compared. `bandwidth_measured` is False where no transfer has
-    shown the bandwidth yet; `transport` is the backend that proved best, empty where none were compared.
+    shown the bandwidth yet; `transport` is the backend that proved best, empty where none were compared. `via` is the
+    site that the pair goes through (`topology.relays`), empty where it goes directly; the figures are the direct ones.
     `directed`: the figures are of this direction alone, from a hand that knows both, and `rtt_s` is twice the one-way
     latency. Otherwise they are one end's word on the pair, to be weighed against the other end's.
     """
@@ -107,6 +109,7 @@ class Link:
     age_s: float | None = field(default=None, compare=False)
     bandwidth_measured: bool = False
     transport: str = ""
+    via: str = ""
 
 
 @dataclass(frozen=True)
