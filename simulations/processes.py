@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -76,6 +76,7 @@ class Fleet:
     """The peers of a drill, by site name. A context manager: inside it the peers run, after it none is left.
 
     `rtts_ms` holds emulated round trips by unordered pair of sites; a pair that is not there is as near as loopback is.
+    `cut` holds pairs that cannot exchange anything.
     `settings` are configuration keys for every peer (`transport`, `reserve`). `command` is what `up --config FILE` is
     appended to.
     """
@@ -85,12 +86,14 @@ class Fleet:
         sites: Sequence[SiteSpec],
         *,
         rtts_ms: Mapping[frozenset[str], float] | None = None,
+        cut: Collection[frozenset[str]] = (),
         settings: Mapping[str, Any] | None = None,
         http: bool = False,
         command: Sequence[str] = MESH,
     ) -> None:
         self.sites = {site.name: site for site in sites}
         self._rtts_ms = dict(rtts_ms or {})
+        self._cut = frozenset(cut)
         self._settings = dict(settings or {})
         self._command = tuple(command)
         ports = free_ports(len(sites) * (2 if http else 1))
@@ -238,6 +241,7 @@ class Fleet:
             for name in others
             if frozenset((site, name)) in self._rtts_ms
         }
+        unreached = [self._addresses[name] for name in others if frozenset((site, name)) in self._cut]
         spec = self.sites[site]
         return {
             "site": site,
@@ -250,6 +254,7 @@ class Fleet:
             **({"http": self._http[site]} if site in self._http else {}),
             **self._settings,
             **spec.settings,
+            **({"cut": unreached} if unreached else {}),
             **({"emulate": distances} if distances else {}),
         }
 

@@ -36,7 +36,8 @@ def relays(snapshot: Snapshot, before: Mapping[Pair, str] | None = None) -> dict
     before = before or {}
     graph, broken = _measured(snapshot)
     willing = {site.name for site in snapshot.sites if site.relays}
-    pairs = set(broken)
+    # Who was relayed stays so while nobody knows whether the direct way works: a site that restarted, say.
+    pairs = broken | {pair for pair in before if pair[0] in graph and pair[1] in graph}
     if len(snapshot.sites) <= LOOKED_THROUGH:
         pairs |= {(min(pair), max(pair)) for pair in graph.edges}
     found = {}

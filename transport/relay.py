@@ -7,12 +7,12 @@ is told by JSON lines on its standard input, and ends with it:
     {"id": 1, "open": ["10.0.0.7", 4711], "cookie": HEX}   -> {"id": 1, "port": 50123}
     {"id": 1, "keep": true}                                   (is wanted for longer)
 
-A *forward* is a port of its own that hands on each connection to one place. What it hands on is sealed by the two ends,
-TLS or `transport.frames`, and the relay has no key to it. With a cookie (that of a `TcpListener`'s address) a connection
-must show it in its first bytes before the relay connects onward, so that strangers reach nobody.
+A *forward* is a port of its own that hands on each connection to one place. What it hands on is sealed by the two
+ends, by TLS or `transport.seal`, and the relay has no key to it. With a cookie (that of a `TcpListener`'s address) a
+connection must show it in its first bytes before the relay connects onward, so that strangers reach nobody.
 
-Everything is bounded: forwards, connections, bytes on the way, bytes per second of all together, the time to connect, and
-the time that a forward stays open when nobody uses it. A half that closes is closed on the other side, a half that
+Everything is bounded: forwards, connections, bytes on the way, bytes per second of all together, the time to connect,
+and the time that a forward stays open when nobody uses it. A half that closes is closed on the other side, a half that
 breaks is broken there.
 """
 
@@ -63,7 +63,7 @@ def readdressed(address: bytes, host: str, port: int) -> bytes:
 
 
 class Rate:
-    """A bound on bytes per second, shared by all who ask: each waits until what was let through before has had its time.
+    """A bound on bytes per second, shared by all: each waits until what was let through before has had its time.
 
     A tenth of a second may pass at once.
     """
@@ -87,6 +87,10 @@ class Forward:
         self.listener = listener
         self.connections = 0
         self.used_s = trio.current_time()
+
+    def wanted_s(self, now: float) -> float:
+        """How much longer it stays open if nobody uses it from now on; not above 0: it has been open long enough."""
+        return UNUSED_S if self.connections else self.used_s + UNUSED_S - now
 
     @property
     def port(self) -> int:
@@ -138,8 +142,11 @@ class Relay:
         try:
             async with trio.open_nursery() as nursery, forward.listener:
                 nursery.start_soon(self._accept, forward, nursery)
-                while forward.connections or trio.current_time() - forward.used_s < UNUSED_S:
-                    await trio.sleep(UNUSED_S / 10)
+                while True:
+                    left_s = forward.wanted_s(trio.current_time())
+                    if left_s <= 0:
+                        break
+                    await trio.sleep(left_s)
                 nursery.cancel_scope.cancel()
         finally:
             del self._forwards[number]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -86,7 +87,7 @@ def show_topology(snapshot: Snapshot) -> None:
         )
     names = [site.name for site in snapshot.sites]
     links = {(link.source, link.target): link for link in snapshot.links}
-    say("round-trip time in ms (~ estimated, x unreachable, ? unknown)")
+    say("round-trip time in ms (via: through that site, ~ estimated, x unreachable, ? unknown)")
     rows = [[source] + [_rtt(source, target, links.get((source, target))) for target in names] for source in names]
     table(["from \\ to", *names], rows, right=range(1, len(names) + 1))
 
@@ -196,6 +197,8 @@ def _rtt(source: str, target: str, link: Link | None) -> str:
         return "-"
     if link is None:
         return "?"
+    if link.via:
+        return f"via {link.via}"
     if not link.reachable:
         return "x"
     return f"{'' if link.measured else '~'}{link.rtt_s * 1e3:.1f}"
@@ -205,12 +208,12 @@ def _link(link: Link) -> list[str]:
     return [
         link.source,
         link.target,
-        _rtt(link.source, link.target, link),
+        _rtt(link.source, link.target, replace(link, via="")),
         f"{link.jitter_s * 1e3:.1f}",
         f"{link.loss:.1%}",
         f"{'' if link.bandwidth_measured else '~'}{link.bandwidth / 1e6:.1f} MB/s",
         link.transport or "-",
-        "direct" if link.reachable else "none",
+        f"via {link.via}" if link.via else "direct" if link.reachable else "none",
         "-" if link.age_s is None else f"{ago(link.age_s)} ago",
     ]
 

@@ -134,8 +134,8 @@ class GossipConfig:
     `site` is its name, unique in the mesh. `address` is where it listens, "host:port"; port 0 lets the system choose.
     `advertise` is what others are told, where that differs. `incarnation` must rise with every start (a counter in the
     data directory); the peer heals itself when it does not. `seeds` are addresses to join through. `delays` maps
-    addresses to an emulated one-way delay in seconds that is added to what is sent there. `clock` gives seconds
-    (None: trio's), `rng` is the only source of chance.
+    addresses to an emulated one-way delay in seconds that is added to what is sent there; with those in `cut` nothing
+    is exchanged at all. `clock` gives seconds (None: trio's), `rng` is the only source of chance.
 
     Raises ConfigError naming the field that is wrong.
     """
@@ -147,6 +147,7 @@ class GossipConfig:
     cluster: str = "isthmus"
     advertise: str | None = None
     delays: Mapping[str, float] = field(default_factory=dict)
+    cut: frozenset[str] = frozenset()
     rng: Randomness = field(default_factory=random.Random)
     clock: Callable[[], float] | None = None
     timing: Timing = field(default_factory=Timing)

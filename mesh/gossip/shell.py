@@ -68,6 +68,7 @@ class Gossip:
         self._sock = sock
         self._family = sock.family
         self._delays = dict(config.delays)
+        self._cut = config.cut
         self._delayed: list[tuple[float, int, str, bytes]] = []
         self._resolved: dict[str, tuple[float, tuple[Any, ...]]] = {}
         self._resolving: set[str] = set()
@@ -264,13 +265,17 @@ class Gossip:
             except OSError:  # the kernel reports an earlier datagram of ours as undeliverable; probes notice that too
                 self._errors["send_errors"] += 1
                 continue
-            self._core.receive(data, join_address(source[0], source[1]), self._clock())
+            address = join_address(source[0], source[1])
+            if address not in self._cut:
+                self._core.receive(data, address, self._clock())
 
     def _pump(self) -> None:
         """After the core was called: send, report, and set the alarm."""
         now = self._clock()
         for address, data in self._core.datagrams(now):
             delay_s = self._delays.get(address, 0.0)
+            if address in self._cut:
+                continue
             if delay_s > 0.0:
                 self._count += 1
                 heapq.heappush(self._delayed, (now + delay_s, self._count, address, data))

@@ -15,9 +15,10 @@ from typing import Any
 import msgpack
 import trio
 
-from mesh.errors import DeadlineExceeded, JobFailed, MeshError
+from mesh.errors import DeadlineExceeded, MeshError
 from mesh.jobs.job import wire_epoch
 from mesh.jobs.peers import Progress, View, load_shard
+from mesh.jobs.routes import Routes
 from mesh.runtime.assignment import Assignment, assignments
 from mesh.wire.v1 import peer_pb2
 from topology.plan import Plan, Shard
@@ -29,10 +30,10 @@ PREPARE_DEADLINE_S = 6 * 3600.0
 CONNECT_DEADLINE_S = 30.0
 #: Comparing the transports of a link: two processes start, and measure for a fraction of a second.
 MEASURE_DEADLINE_S = 25.0
+#: A relay starts a process for its first channel.
+RELAY_DEADLINE_S = 20.0
 #: A job that gives way ends its workers first.
 DISPLACE_DEADLINE_S = 15.0
-#: UCX where both ends offer it: they do where they have accelerators, or were told to.
-PREFERENCE = ("ucx", "tcp")
 
 
 class ShardFailed(MeshError):
@@ -104,7 +105,7 @@ async def deploy(
         await view.peer(shards[key].site).connect(request)
 
     await _all(shards, prepare, PREPARE_DEADLINE_S, "loading its weights")
-    neighbours = _neighbours(plan, job, epoch, addresses)
+    neighbours = await _neighbours(plan, job, epoch, addresses, Routes(view))
     connecting()
     await _all(shards, connect, CONNECT_DEADLINE_S, "connecting to its neighbours")
 
@@ -130,30 +131,32 @@ async def _all(shards: Mapping[str, Shard], step: Callable[[str], object], deadl
         raise failures[0]
 
 
-def _neighbours(
-    plan: Plan, job: str, epoch: tuple[int, str], addresses: Mapping[str, Mapping[str, bytes]]
+async def _neighbours(
+    plan: Plan, job: str, epoch: tuple[int, str], addresses: Mapping[str, Mapping[str, bytes]], routes: Routes
 ) -> dict[str, list[peer_pb2.Neighbour]]:
     """Both ends of every wire, by shard. Keys are fresh for each epoch, so a frame of an older one cannot be opened."""
     ends: dict[str, list[peer_pb2.Neighbour]] = {key: [] for key in addresses}
     for index, wire in enumerate(wires(plan)):
-        offered, wanted = addresses[wire.acceptor.key], addresses[wire.connector.key]
-        backend = next((name for name in PREFERENCE if name in offered and name in wanted), None)
-        if backend is None:
-            raise ShardFailed(
-                wire.acceptor.site,
-                JobFailed(
-                    f"{wire.connector.key} and {wire.acceptor.key} share no transport: "
-                    f"one offers {', '.join(wanted) or 'none'}, the other {', '.join(offered) or 'none'}"
-                ),
+        try:
+            route = await routes.find(
+                wire.connector.site, wire.acceptor.site, addresses[wire.connector.key], addresses[wire.acceptor.key]
             )
-        hello = f"{job}/{epoch[0]}/{index}".encode()
-        common: dict[str, Any] = {"backend": backend, "key": secrets.token_bytes(32), "hello": hello, "seal": True}
+        except MeshError as error:
+            raise ShardFailed(wire.acceptor.site, error) from error
+        common: dict[str, Any] = {
+            "backend": route.backend,
+            "key": secrets.token_bytes(32),
+            "hello": f"{job}/{epoch[0]}/{index}".encode(),
+            "seal": True,
+            "via": route.via,
+            "delay_s": route.delay_s,
+        }
         ends[wire.connector.key].append(
             peer_pb2.Neighbour(
                 role=wire.connector_role,
                 rank=wire.connector_rank,
                 name=wire.acceptor.key,
-                address=offered[backend],
+                address=route.address,
                 **common,
             )
         )

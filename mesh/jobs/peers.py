@@ -53,6 +53,10 @@ class PeerCalls(Protocol):
         """Which of `backends` is best from the peer to `site`, measured now or not long ago."""
         ...
 
+    async def relay(self, request: peer_pb2.RelayRequest) -> peer_pb2.RelayReply:
+        """Have the peer hand bytes on to `request.site`; where to send them."""
+        ...
+
     def events(
         self, request: peer_pb2.EventsRequest
     ) -> AbstractAsyncContextManager[AsyncIterator[peer_pb2.WorkerEvent]]:
@@ -77,6 +81,14 @@ class View(Protocol):
 
     async def offer(self, model: str) -> bytes:
         """What a site that lacks this model must know to fetch it (`PrepareRequest.weights`). Raises ModelError."""
+        ...
+
+    def via(self, one: str, other: str) -> str:
+        """The site through which a pair of sites meets; empty where directly."""
+        ...
+
+    def reaches(self, one: str, other: str) -> bool:
+        """Whether two sites can exchange traffic directly, as far as is known."""
         ...
 
     def peer(self, site: str) -> PeerCalls:

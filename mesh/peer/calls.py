@@ -12,7 +12,13 @@ from mesh.client.bridge import Messages, unary
 from mesh.client.channel import Connection
 from mesh.client.credentials import Credentials
 from mesh.errors import ModelMissing, PeerUnreachable
-from mesh.jobs.deploy import CONNECT_DEADLINE_S, DISPLACE_DEADLINE_S, MEASURE_DEADLINE_S, PREPARE_DEADLINE_S
+from mesh.jobs.deploy import (
+    CONNECT_DEADLINE_S,
+    DISPLACE_DEADLINE_S,
+    MEASURE_DEADLINE_S,
+    PREPARE_DEADLINE_S,
+    RELAY_DEADLINE_S,
+)
 from mesh.jobs.peers import Progress
 from mesh.wire.v1 import identity_pb2, identity_pb2_grpc, peer_pb2, peer_pb2_grpc
 
@@ -80,6 +86,11 @@ class RemotePeer(Connection):
         request = peer_pb2.MeasureRequest(site=site, backends=backends)
         reply = await unary(self, self._peer.Measure, request, "measure", MEASURE_DEADLINE_S)
         return str(reply.backend)
+
+    async def relay(self, request: peer_pb2.RelayRequest) -> peer_pb2.RelayReply:
+        """See `PeerCalls.relay`."""
+        reply: peer_pb2.RelayReply = await unary(self, self._peer.Relay, request, "relay", RELAY_DEADLINE_S)
+        return reply
 
     async def gossip(self, data: bytes, timeout_s: float) -> bytes:
         """One request of gossip's reliable path, and its answer."""

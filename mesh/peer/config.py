@@ -147,7 +147,8 @@ class PeerConfig(BaseSettings):
 
     `advertise` is where others reach `listen`, where that differs: behind a forwarded port, or when listening on all of
     a machine's addresses (then by default the one that its own way out has). `emulate` holds round-trip times in
-    milliseconds that are added between this peer and others, by their address.
+    milliseconds that are added between this peer and others, by their address; those in `cut` it does not reach at all.
+    `relay_mbps` is what it may hand on for others that do not reach each other; with 0 it does not.
     `models` is the folder below which this site's own models lie; without it they may lie anywhere. `withhold` are
     patterns of models (names or paths) whose weights this site does not give to others; `weights_cache` is how much
     disk the weights that came from others may take, by default half of what is free.
@@ -165,9 +166,11 @@ class PeerConfig(BaseSettings):
     data_dir: Annotated[Path, AfterValidator(_expanded)] = Field(default_factory=_default_data_dir)
     region: Name = "default"
     device: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words), AfterValidator(_checked_devices)] = ()
+    cut: Annotated[tuple[Target, ...], NoDecode, BeforeValidator(_addresses)] = ()
     emulate: Annotated[dict[str, float], NoDecode, BeforeValidator(_delays), AfterValidator(_checked_delays)] = {}
     transport: Literal["auto", "tcp", "ucx"] = "auto"
     probes: bool = True
+    relay_mbps: float = Field(default=1000.0, ge=0.0, le=1e6)
     seal: Literal["on", "off"] = "on"
     models: Annotated[Path | None, AfterValidator(_expanded_or_none)] = None
     withhold: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)] = ()

@@ -235,6 +235,10 @@ class PeerServicer(peer_pb2_grpc.PeerServicer):
 
         return self._bridge.call(context, work)
 
+    def Relay(self, request: peer_pb2.RelayRequest, context: grpc.ServicerContext) -> peer_pb2.RelayReply:
+        """Hand bytes on to another site."""
+        return self._bridge.call(context, lambda: self._service.relay(request))
+
     def Prepare(
         self, request: peer_pb2.PrepareRequest, context: grpc.ServicerContext
     ) -> Iterator[peer_pb2.PrepareEvent]:

@@ -40,6 +40,7 @@ from mesh.peer.measuring import Measuring
 from mesh.peer.office import IdentityServicer
 from mesh.peer.peer import Peer
 from mesh.peer.places import free_port, local_host, reachable
+from mesh.peer.relaying import Relaying, keep_detours
 from mesh.peer.service import PeerService
 from mesh.peer.view import MeshView
 from mesh.peer.weights import HELD, open_weights
@@ -133,6 +134,7 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
         seeds=config.join,
         cluster=DEFAULT_CLUSTER if cluster is None else cluster.identity.cluster,
         delays={address: rtt_ms / 2000.0 for address, rtt_ms in config.emulate.items()},
+        cut=frozenset(config.cut),
     )
 
     async def exchange(address: str, site: str, data: bytes) -> bytes:
@@ -180,6 +182,9 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
         async def measure(site: str, backends: Sequence[str]) -> str:
             return await measuring.choose(site, backends)
 
+        async def relay(request: peer_pb2.RelayRequest) -> peer_pb2.RelayReply:
+            return await relaying.open(request)
+
         service = PeerService(
             config.site,
             pool,
@@ -189,12 +194,22 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
             inspector=weights.inspect,
             displace=displace,
             measure=measure,
+            relay=relay,
+            cut=lambda site: view.own_address(site) in config.cut,
             seal_inside=config.seal == "on",
             weights=weights,
         )
         credentials = no_credentials if cluster is None else cluster.credentials
-        view = MeshView(config.site, gossip, service, lambda site, at: RemotePeer(at, credentials(site)), weights.offer)
+        view = MeshView(
+            config.site,
+            gossip,
+            service,
+            lambda site, at: RemotePeer(at, credentials(site)),
+            weights.offer,
+            cut=config.cut,
+        )
         weights.attach(view, lambda site: view.remote(site).weights)
+        relaying = Relaying(config.site, reachable(host), config.relay_mbps, view.own_address, delay_s)
         measuring = Measuring(
             config.site,
             gossip,
@@ -231,6 +246,8 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
         try:
             nursery.start_soon(service.run)
             nursery.start_soon(measuring.run)
+            nursery.start_soon(relaying.run)
+            nursery.start_soon(keep_detours, gossip, view, view.remote)
             if cluster is not None:
                 cluster.leave_token(join_address(local_host(host), port))
                 nursery.start_soon(cluster.run, gossip, view.remote)
@@ -273,7 +290,8 @@ def _stop(server: grpc.Server) -> None:
 def _capabilities(config: PeerConfig, devices: list[LocalDevice]) -> dict[str, Any]:
     rtts_s = [local.local_rtt_s for local in devices if local.local_rtt_s is not None]
     between = {"local_rtt_s": max(rtts_s)} if rtts_s else {}
-    return {"region": config.region, "devices": [asdict(local.device) for local in devices], **between}
+    devices_told = [asdict(local.device) for local in devices]
+    return {"region": config.region, "devices": devices_told, "relays": config.relay_mbps > 0, **between}
 
 
 def _address_of(gossip: Gossip, site: str) -> str:

@@ -28,6 +28,8 @@ from topology.plan import device_of
 #: How long a job's workers outlive the last listener of its events. A recovery re-attaches within milliseconds.
 LEASE_S = 5.0
 
+#: As far apart as sites can be.
+MAX_DELAY_S = 60.0
 #: A site whose workers took a step so lately computes.
 BUSY_S = 3.0
 
@@ -58,6 +60,8 @@ class PeerService:
         inspector: Inspector,
         displace: Callable[[peer_pb2.DisplaceRequest], Awaitable[None]],
         measure: Callable[[str, Sequence[str]], Awaitable[str]],
+        relay: Callable[[peer_pb2.RelayRequest], Awaitable[peer_pb2.RelayReply]],
+        cut: Callable[[str], bool] = lambda site: False,
         seal_inside: bool = True,
         weights: Weights | None = None,
     ) -> None:
@@ -72,6 +76,8 @@ class PeerService:
         self._inspector = inspector
         self._displace = displace
         self._measure = measure
+        self._relay = relay
+        self._cut = cut
         self._steps: dict[tuple[str, str], int] = {}
         self._loading = 0
         self._stepped_s = -math.inf
@@ -161,7 +167,12 @@ class PeerService:
         self._admit(request.job, request.epoch)
         for neighbour in request.neighbours:
             site = neighbour.name.split("/")[0]
-            neighbour.delay_s = self._delay_s(site)
+            if not neighbour.via:
+                neighbour.delay_s = self._delay_s(site)
+                if self._cut(site):
+                    raise PeerUnreachable(f"{self.site} does not reach {neighbour.name} (a drill)")
+            elif not 0 <= neighbour.delay_s <= MAX_DELAY_S:
+                raise RequestError(f"a delay of {neighbour.delay_s} s towards {neighbour.name} cannot be")
             if site == self.site and not self._seal_inside:
                 neighbour.seal = False
             elif not neighbour.seal:
@@ -196,6 +207,10 @@ class PeerService:
     async def measure(self, site: str, backends: Sequence[str]) -> str:
         """Which of `backends` is best from here to `site`."""
         return await self._measure(site, backends)
+
+    async def relay(self, request: peer_pb2.RelayRequest) -> peer_pb2.RelayReply:
+        """Hand bytes on to another site; where to send them."""
+        return await self._relay(request)
 
     async def ping(self, timeout_s: float) -> None:
         """This peer answers itself."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -22,7 +22,8 @@ from mesh.peer.pairs import links_between
 from mesh.peer.weights import HELD, read_held
 from topology.displace import RunningJob
 from topology.picture import MAX_TOGETHER
-from topology.snapshot import Decoding, Device, Held, Site, Snapshot
+from topology.relays import relays
+from topology.snapshot import Decoding, Device, Held, Link, Site, Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ MAX_PRIORITY = 100
 MAX_HEADS, MAX_COLUMNS = 1 << 20, 1 << 30
 #: What reading a document that is not what it should be can raise.
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
+#: Relays are looked for at most so often: the answer takes 50 ms in a mesh of 64.
+RELAYS_S = 2.0
 #: States of a member whose devices may be planned on; a suspect may yet refute.
 PRESENT = frozenset({"alive", "suspect"})
 
@@ -62,14 +65,20 @@ class MeshView:
         dial: Callable[[str, str], RemotePeer] = plain,
         offer: Callable[[str], Awaitable[bytes]] | None = None,
         *,
+        cut: Collection[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`cut` are addresses that this peer does not reach, in a drill."""
         self._offer = offer
         self.site = site
         self._gossip = gossip
         self._local = local
         self._dial = dial
+        self._cut = frozenset(cut)
         self._clock = clock
+        self._relays: dict[tuple[str, str], str] = {}
+        self._relays_s = -math.inf
+        self._detours: dict[str, str] = {}
         self._told_s: dict[str, float] = {}
         self._peers: dict[str, RemotePeer] = {}
 
@@ -88,7 +97,35 @@ class MeshView:
         entries = self._gossip.entries(COORDINATES).items()
         coordinates = {site: at for site, entry in entries if (at := read_coordinate(entry)) is not None}
         names = [site.name for site in sites]
-        return Snapshot(tuple(sites), links_between(names, self.site, reports, coordinates))
+        links = links_between(names, self.site, reports, coordinates)
+        if self._clock() - self._relays_s >= RELAYS_S:
+            self._relays_s = self._clock()
+            self._relays = relays(Snapshot(tuple(sites), links), self._relays)
+        return Snapshot(tuple(sites), tuple(self._routed(link) for link in links))
+
+    def _routed(self, link: Link) -> Link:
+        via = self._via(link.source, link.target)
+        return replace(link, via=via) if via else link
+
+    def _via(self, one: str, other: str) -> str:
+        return self._relays.get((min(one, other), max(one, other)), "")
+
+    def via(self, one: str, other: str) -> str:
+        """The site through which a pair of sites meets; empty where directly."""
+        self.snapshot()
+        return self._via(one, other)
+
+    def reaches(self, one: str, other: str) -> bool:
+        """Whether two sites can exchange traffic directly, as far as is known."""
+        pair = {one, other}
+        return all(link.reachable for link in self.snapshot().links if {link.source, link.target} == pair)
+
+    def detour(self, site: str, address: str) -> None:
+        """Reach a site's peer at another address than its own, or directly again where it is empty."""
+        if address:
+            self._detours[site] = address
+        else:
+            self._detours.pop(site, None)
 
     def told(self, site: str) -> None:
         """A site has just told anew of its links."""
@@ -124,7 +161,14 @@ class MeshView:
         )
 
     def address(self, site: str) -> str:
-        """`HOST:PORT` of a site's peer. Raises PeerUnreachable where gossip knows none."""
+        """`HOST:PORT` where a site's peer is reached. Raises PeerUnreachable where gossip knows none."""
+        at = self._detours.get(site) or self.own_address(site)
+        if at in self._cut:
+            raise PeerUnreachable(f"{site} is not to be reached from here (a drill), and nobody relays to it yet")
+        return at
+
+    def own_address(self, site: str) -> str:
+        """`HOST:PORT` of a site's peer itself. Raises PeerUnreachable where gossip knows none."""
         for member in self._gossip.members():
             if member.site == site:
                 return str(member.address)
@@ -155,6 +199,8 @@ class MeshView:
         known = self._peers.get(site)
         if known is not None and known.address == address:
             return known
+        if address in self._cut:
+            raise PeerUnreachable(f"{site} is not to be reached from here (a drill)")
         key = f"{site}@{address}"
         if key not in self._peers:
             self._peers[key] = self._dial(site, address)
@@ -185,9 +231,10 @@ def _site(name: str, entry: Mapping[str, Any], load: Mapping[str, Any], held: tu
         raise ValueError(f"a site has 1 to {MAX_DEVICES} devices")
     free = load if isinstance(load, Mapping) else {}
     found = tuple(replace(_device(device, free), held=held) for device in devices)
+    site = Site(name, str(entry["region"]), found, relays=entry.get("relays") is True)
     if entry.get("local_rtt_s") is None:
-        return Site(name, str(entry["region"]), found)
-    return Site(name, str(entry["region"]), found, local_rtt_s=_number(entry["local_rtt_s"], MAX_LOCAL_RTT_S))
+        return site
+    return replace(site, local_rtt_s=_number(entry["local_rtt_s"], MAX_LOCAL_RTT_S))
 
 
 def _held(entry: Any) -> tuple[Held, ...]:

@@ -63,6 +63,7 @@ async def serving(**options):
         delay_s=lambda site: 0.04,
         on_load=lambda: loads.append(1),
         measure=None,
+        relay=None,
         inspector=inspect,
         displace=displace,
         **options,

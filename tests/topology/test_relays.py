@@ -13,9 +13,7 @@ from topology.picture import look
 from topology.relays import GAIN, GAIN_S, RELAY_COST_S, relays
 from topology.snapshot import Device, Link, Site, Snapshot
 
-MODEL = ModelSpec(
-    "m", 4, 64, 4, 2, 16, 128, vocab=100, tied_embeddings=True, dtype="float32", context=512
-)
+MODEL = ModelSpec("m", 4, 64, 4, 2, 16, 128, vocab=100, tied_embeddings=True, dtype="float32", context=512)
 
 
 def mesh(rtts_ms, cut=(), unwilling=()):
@@ -32,9 +30,7 @@ def mesh(rtts_ms, cut=(), unwilling=()):
 
 def routed(snapshot, before=None):
     found = relays(snapshot, before)
-    links = (
-        replace(link, via=found.get(tuple(sorted((link.source, link.target))), "")) for link in snapshot.links
-    )
+    links = (replace(link, via=found.get(tuple(sorted((link.source, link.target))), "")) for link in snapshot.links)
     return replace(snapshot, links=tuple(links))
 
 
@@ -91,6 +87,14 @@ def test_every_relay_reaches_both_ends_and_pays(rtts_ms, cut, before):
         if not whole(a, b) and any(whole(a, c) and whole(c, b) for c in set("abcde") - {a, b}):
             assert (a, b) in found
     assert relays(mesh(rtt_ms, cut), found) == found
+
+
+def test_a_relayed_pair_stays_so_until_the_direct_way_was_measured():
+    snapshot = mesh({"ab": 10, "ac": 30, "bc": 30})
+    unknown = replace(snapshot, links=tuple(link for link in snapshot.links if "c" in (link.source, link.target)))
+    assert relays(unknown, {("a", "b"): "c"}) == {("a", "b"): "c"}
+    assert relays(unknown) == {}
+    assert relays(snapshot, {("a", "b"): "c"}) == {}
 
 
 def test_the_planner_prices_a_relayed_pair_as_both_links_and_the_relay():

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from mesh.wire.v1 import identity_pb2 as mesh_dot_wire_dot_v1_dot_identity__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17mesh/wire/v1/peer.proto\x12\x0cmesh.wire.v1\x1a\x1bmesh/wire/v1/identity.proto\"\'\n\x05\x45poch\x12\x0f\n\x07\x63ounter\x18\x01 \x01(\x04\x12\r\n\x05owner\x18\x02 \x01(\t\"\x06\n\x04\x44one\"\x1e\n\x0bKeysRequest\x12\x0f\n\x07version\x18\x01 \x01(\x04\".\n\rAnswerRequest\x12\x10\n\x08\x62\x61\x63kends\x18\x01 \x03(\t\x12\x0b\n\x03key\x18\x02 \x01(\x0c\"|\n\x0b\x41nswerReply\x12;\n\taddresses\x18\x01 \x03(\x0b\x32(.mesh.wire.v1.AnswerReply.AddressesEntry\x1a\x30\n\x0e\x41\x64\x64ressesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"0\n\x0eMeasureRequest\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x10\n\x08\x62\x61\x63kends\x18\x02 \x03(\t\"\x1f\n\x0cMeasureReply\x12\x0f\n\x07\x62\x61\x63kend\x18\x01 \x01(\t\"v\n\x0ePrepareRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.mesh.wire.v1.Epoch\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x12\n\nassignment\x18\x04 \x01(\x0c\x12\x0f\n\x07weights\x18\x05 \x01(\x0c\"\xba\x01\n\x0cPrepareEvent\x12\x14\n\x0cloaded_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12<\n\taddresses\x18\x03 \x03(\x0b\x32).mesh.wire.v1.PrepareEvent.AddressesEntry\x12\x0f\n\x07missing\x18\x04 \x01(\t\x1a\x30\n\x0e\x41\x64\x64ressesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\",\n\x0eWeightsRequest\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12\x0c\n\x04site\x18\x02 \x01(\t\"<\n\rWeightsTicket\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\x0c\x12\x0b\n\x03key\x18\x02 \x01(\x0c\x12\r\n\x05hello\x18\x03 \x01(\x0c\"\x92\x01\n\tNeighbour\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\x0c\x12\x0b\n\x03key\x18\x06 \x01(\x0c\x12\r\n\x05hello\x18\x07 \x01(\x0c\x12\x0c\n\x04seal\x18\x08 \x01(\x08\x12\x0f\n\x07\x64\x65lay_s\x18\t \x01(\x01\"~\n\x0e\x43onnectRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.mesh.wire.v1.Epoch\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12+\n\nneighbours\x18\x04 \x03(\x0b\x32\x17.mesh.wire.v1.Neighbour\"\xf1\x01\n\x0cStartRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.mesh.wire.v1.Epoch\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0f\n\x07request\x18\x04 \x01(\t\x12\x0e\n\x06tokens\x18\x05 \x03(\r\x12\x15\n\rprompt_tokens\x18\x06 \x01(\r\x12\x12\n\nmax_tokens\x18\x07 \x01(\r\x12\x13\n\x0btemperature\x18\x08 \x01(\x01\x12\r\n\x05top_p\x18\t \x01(\x01\x12\r\n\x05top_k\x18\n \x01(\r\x12\x0c\n\x04seed\x18\x0b \x01(\x04\x12\x13\n\x0bstop_tokens\x18\x0c \x03(\r\"_\n\x0bStopRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.mesh.wire.v1.Epoch\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0f\n\x07request\x18\x04 \x01(\t\"O\n\x0eReleaseRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.mesh.wire.v1.Epoch\x12\x0c\n\x04keep\x18\x03 \x03(\t\"<\n\x0f\x44isplaceRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\n\n\x02\x62y\x18\x02 \x01(\t\x12\x10\n\x08priority\x18\x03 \x01(\x05\"@\n\rEventsRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.mesh.wire.v1.Epoch\"\xcf\x01\n\x0bWorkerEvent\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.mesh.wire.v1.Epoch\x12)\n\x05token\x18\x03 \x01(\x0b\x32\x18.mesh.wire.v1.TokenEventH\x00\x12-\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x1a.mesh.wire.v1.FailureEventH\x00\x12)\n\x05\x61live\x18\x05 \x01(\x0b\x32\x18.mesh.wire.v1.AliveEventH\x00\x42\x07\n\x05\x65vent\"c\n\nTokenEvent\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05token\x18\x03 \x01(\r\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12\x0f\n\x07timings\x18\x05 \x01(\x0c\"@\n\x0c\x46\x61ilureEvent\x12\x11\n\tneighbour\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\r\n\x05\x66\x61tal\x18\x03 \x01(\x08\"\x1b\n\nAliveEvent\x12\r\n\x05steps\x18\x01 \x01(\x04\x32\xa6\x06\n\x04Peer\x12\x45\n\x07Prepare\x12\x1c.mesh.wire.v1.PrepareRequest\x1a\x1a.mesh.wire.v1.PrepareEvent0\x01\x12;\n\x07\x43onnect\x12\x1c.mesh.wire.v1.ConnectRequest\x1a\x12.mesh.wire.v1.Done\x12\x37\n\x05Start\x12\x1a.mesh.wire.v1.StartRequest\x1a\x12.mesh.wire.v1.Done\x12\x35\n\x04Stop\x12\x19.mesh.wire.v1.StopRequest\x1a\x12.mesh.wire.v1.Done\x12.\n\x04Ping\x12\x12.mesh.wire.v1.Done\x1a\x12.mesh.wire.v1.Done\x12;\n\x07Release\x12\x1c.mesh.wire.v1.ReleaseRequest\x1a\x12.mesh.wire.v1.Done\x12=\n\x08\x44isplace\x12\x1d.mesh.wire.v1.DisplaceRequest\x1a\x12.mesh.wire.v1.Done\x12\x42\n\x06\x45vents\x12\x1b.mesh.wire.v1.EventsRequest\x1a\x19.mesh.wire.v1.WorkerEvent0\x01\x12\x34\n\x06Gossip\x12\x14.mesh.wire.v1.Packet\x1a\x14.mesh.wire.v1.Packet\x12\x44\n\x07Weights\x12\x1c.mesh.wire.v1.WeightsRequest\x1a\x1b.mesh.wire.v1.WeightsTicket\x12\x37\n\x04Keys\x12\x19.mesh.wire.v1.KeysRequest\x1a\x14.mesh.wire.v1.Packet\x12@\n\x06\x41nswer\x12\x1b.mesh.wire.v1.AnswerRequest\x1a\x19.mesh.wire.v1.AnswerReply\x12\x43\n\x07Measure\x12\x1c.mesh.wire.v1.MeasureRequest\x1a\x1a.mesh.wire.v1.MeasureReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17mesh/wire/v1/peer.proto\x12\x0cmesh.wire.v1\x1a\x1bmesh/wire/v1/identity.proto\"\'\n\x05\x45poch\x12\x0f\n\x07\x63ounter\x18\x01 \x01(\x04\x12\r\n\x05owner\x18\x02 \x01(\t\"\x06\n\x04\x44one\"\x1e\n\x0bKeysRequest\x12\x0f\n\x07version\x18\x01 \x01(\x04\".\n\rAnswerRequest\x12\x10\n\x08\x62\x61\x63kends\x18\x01 \x03(\t\x12\x0b\n\x03key\x18\x02 \x01(\x0c\"|\n\x0b\x41nswerReply\x12;\n\taddresses\x18\x01 \x03(\x0b\x32(.mesh.wire.v1.AnswerReply.AddressesEntry\x1a\x30\n\x0e\x41\x64\x64ressesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"<\n\x0cRelayRequest\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\r\n\x05other\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\x0c\".\n\nRelayReply\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\x0c\x12\x0f\n\x07\x64\x65lay_s\x18\x02 \x01(\x01\"0\n\x0eMeasureRequest\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x10\n\x08\x62\x61\x63kends\x18\x02 \x03(\t\"\x1f\n\x0cMeasureReply\x12\x0f\n\x07\x62\x61\x63kend\x18\x01 \x01(\t\"v\n\x0ePrepareRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.mesh.wire.v1.Epoch\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x12\n\nassignment\x18\x04 \x01(\x0c\x12\x0f\n\x07weights\x18\x05 \x01(\x0c\"\xba\x01\n\x0cPrepareEvent\x12\x14\n\x0cloaded_bytes\x18\x01 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12<\n\taddresses\x18\x03 \x03(\x0b\x32).mesh.wire.v1.PrepareEvent.AddressesEntry\x12\x0f\n\x07missing\x18\x04 \x01(\t\x1a\x30\n\x0e\x41\x64\x64ressesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\",\n\x0eWeightsRequest\x12\x0c\n\x04root\x18\x01 \x01(\x0c\x12\x0c\n\x04site\x18\x02 \x01(\t\"<\n\rWeightsTicket\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\x0c\x12\x0b\n\x03key\x18\x02 \x01(\x0c\x12\r\n\x05hello\x18\x03 \x01(\x0c\"\x9f\x01\n\tNeighbour\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x0c\n\x04name\x18\x03 \x01(\t\x12\x0f\n\x07\x62\x61\x63kend\x18\x04 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x05 \x01(\x0c\x12\x0b\n\x03key\x18\x06 \x01(\x0c\x12\r\n\x05hello\x18\x07 \x01(\x0c\x12\x0c\n\x04seal\x18\x08 \x01(\x08\x12\x0f\n\x07\x64\x65lay_s\x18\t \x01(\x01\x12\x0b\n\x03via\x18\n \x01(\t\"~\n\x0e\x43onnectRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.mesh.wire.v1.Epoch\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12+\n\nneighbours\x18\x04 \x03(\x0b\x32\x17.mesh.wire.v1.Neighbour\"\xf1\x01\n\x0cStartRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.mesh.wire.v1.Epoch\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0f\n\x07request\x18\x04 \x01(\t\x12\x0e\n\x06tokens\x18\x05 \x03(\r\x12\x15\n\rprompt_tokens\x18\x06 \x01(\r\x12\x12\n\nmax_tokens\x18\x07 \x01(\r\x12\x13\n\x0btemperature\x18\x08 \x01(\x01\x12\r\n\x05top_p\x18\t \x01(\x01\x12\r\n\x05top_k\x18\n \x01(\r\x12\x0c\n\x04seed\x18\x0b \x01(\x04\x12\x13\n\x0bstop_tokens\x18\x0c \x03(\r\"_\n\x0bStopRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.mesh.wire.v1.Epoch\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x0f\n\x07request\x18\x04 \x01(\t\"O\n\x0eReleaseRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.mesh.wire.v1.Epoch\x12\x0c\n\x04keep\x18\x03 \x03(\t\"<\n\x0f\x44isplaceRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\n\n\x02\x62y\x18\x02 \x01(\t\x12\x10\n\x08priority\x18\x03 \x01(\x05\"@\n\rEventsRequest\x12\x0b\n\x03job\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.mesh.wire.v1.Epoch\"\xcf\x01\n\x0bWorkerEvent\x12\x0e\n\x06\x64\x65vice\x18\x01 \x01(\t\x12\"\n\x05\x65poch\x18\x02 \x01(\x0b\x32\x13.mesh.wire.v1.Epoch\x12)\n\x05token\x18\x03 \x01(\x0b\x32\x18.mesh.wire.v1.TokenEventH\x00\x12-\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x1a.mesh.wire.v1.FailureEventH\x00\x12)\n\x05\x61live\x18\x05 \x01(\x0b\x32\x18.mesh.wire.v1.AliveEventH\x00\x42\x07\n\x05\x65vent\"c\n\nTokenEvent\x12\x0f\n\x07request\x18\x01 \x01(\t\x12\r\n\x05index\x18\x02 \x01(\r\x12\r\n\x05token\x18\x03 \x01(\r\x12\x15\n\rfinish_reason\x18\x04 \x01(\t\x12\x0f\n\x07timings\x18\x05 \x01(\x0c\"@\n\x0c\x46\x61ilureEvent\x12\x11\n\tneighbour\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\r\n\x05\x66\x61tal\x18\x03 \x01(\x08\"\x1b\n\nAliveEvent\x12\r\n\x05steps\x18\x01 \x01(\x04\x32\xe5\x06\n\x04Peer\x12\x45\n\x07Prepare\x12\x1c.mesh.wire.v1.PrepareRequest\x1a\x1a.mesh.wire.v1.PrepareEvent0\x01\x12;\n\x07\x43onnect\x12\x1c.mesh.wire.v1.ConnectRequest\x1a\x12.mesh.wire.v1.Done\x12\x37\n\x05Start\x12\x1a.mesh.wire.v1.StartRequest\x1a\x12.mesh.wire.v1.Done\x12\x35\n\x04Stop\x12\x19.mesh.wire.v1.StopRequest\x1a\x12.mesh.wire.v1.Done\x12.\n\x04Ping\x12\x12.mesh.wire.v1.Done\x1a\x12.mesh.wire.v1.Done\x12;\n\x07Release\x12\x1c.mesh.wire.v1.ReleaseRequest\x1a\x12.mesh.wire.v1.Done\x12=\n\x08\x44isplace\x12\x1d.mesh.wire.v1.DisplaceRequest\x1a\x12.mesh.wire.v1.Done\x12\x42\n\x06\x45vents\x12\x1b.mesh.wire.v1.EventsRequest\x1a\x19.mesh.wire.v1.WorkerEvent0\x01\x12\x34\n\x06Gossip\x12\x14.mesh.wire.v1.Packet\x1a\x14.mesh.wire.v1.Packet\x12\x44\n\x07Weights\x12\x1c.mesh.wire.v1.WeightsRequest\x1a\x1b.mesh.wire.v1.WeightsTicket\x12\x37\n\x04Keys\x12\x19.mesh.wire.v1.KeysRequest\x1a\x14.mesh.wire.v1.Packet\x12@\n\x06\x41nswer\x12\x1b.mesh.wire.v1.AnswerRequest\x1a\x19.mesh.wire.v1.AnswerReply\x12\x43\n\x07Measure\x12\x1c.mesh.wire.v1.MeasureRequest\x1a\x1a.mesh.wire.v1.MeasureReply\x12=\n\x05Relay\x12\x1a.mesh.wire.v1.RelayRequest\x1a\x18.mesh.wire.v1.RelayReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -48,42 +48,46 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ANSWERREPLY']._serialized_end=323
   _globals['_ANSWERREPLY_ADDRESSESENTRY']._serialized_start=275
   _globals['_ANSWERREPLY_ADDRESSESENTRY']._serialized_end=323
-  _globals['_MEASUREREQUEST']._serialized_start=325
-  _globals['_MEASUREREQUEST']._serialized_end=373
-  _globals['_MEASUREREPLY']._serialized_start=375
-  _globals['_MEASUREREPLY']._serialized_end=406
-  _globals['_PREPAREREQUEST']._serialized_start=408
-  _globals['_PREPAREREQUEST']._serialized_end=526
-  _globals['_PREPAREEVENT']._serialized_start=529
-  _globals['_PREPAREEVENT']._serialized_end=715
+  _globals['_RELAYREQUEST']._serialized_start=325
+  _globals['_RELAYREQUEST']._serialized_end=385
+  _globals['_RELAYREPLY']._serialized_start=387
+  _globals['_RELAYREPLY']._serialized_end=433
+  _globals['_MEASUREREQUEST']._serialized_start=435
+  _globals['_MEASUREREQUEST']._serialized_end=483
+  _globals['_MEASUREREPLY']._serialized_start=485
+  _globals['_MEASUREREPLY']._serialized_end=516
+  _globals['_PREPAREREQUEST']._serialized_start=518
+  _globals['_PREPAREREQUEST']._serialized_end=636
+  _globals['_PREPAREEVENT']._serialized_start=639
+  _globals['_PREPAREEVENT']._serialized_end=825
   _globals['_PREPAREEVENT_ADDRESSESENTRY']._serialized_start=275
   _globals['_PREPAREEVENT_ADDRESSESENTRY']._serialized_end=323
-  _globals['_WEIGHTSREQUEST']._serialized_start=717
-  _globals['_WEIGHTSREQUEST']._serialized_end=761
-  _globals['_WEIGHTSTICKET']._serialized_start=763
-  _globals['_WEIGHTSTICKET']._serialized_end=823
-  _globals['_NEIGHBOUR']._serialized_start=826
-  _globals['_NEIGHBOUR']._serialized_end=972
-  _globals['_CONNECTREQUEST']._serialized_start=974
-  _globals['_CONNECTREQUEST']._serialized_end=1100
-  _globals['_STARTREQUEST']._serialized_start=1103
-  _globals['_STARTREQUEST']._serialized_end=1344
-  _globals['_STOPREQUEST']._serialized_start=1346
-  _globals['_STOPREQUEST']._serialized_end=1441
-  _globals['_RELEASEREQUEST']._serialized_start=1443
-  _globals['_RELEASEREQUEST']._serialized_end=1522
-  _globals['_DISPLACEREQUEST']._serialized_start=1524
-  _globals['_DISPLACEREQUEST']._serialized_end=1584
-  _globals['_EVENTSREQUEST']._serialized_start=1586
-  _globals['_EVENTSREQUEST']._serialized_end=1650
-  _globals['_WORKEREVENT']._serialized_start=1653
-  _globals['_WORKEREVENT']._serialized_end=1860
-  _globals['_TOKENEVENT']._serialized_start=1862
-  _globals['_TOKENEVENT']._serialized_end=1961
-  _globals['_FAILUREEVENT']._serialized_start=1963
-  _globals['_FAILUREEVENT']._serialized_end=2027
-  _globals['_ALIVEEVENT']._serialized_start=2029
-  _globals['_ALIVEEVENT']._serialized_end=2056
-  _globals['_PEER']._serialized_start=2059
-  _globals['_PEER']._serialized_end=2865
+  _globals['_WEIGHTSREQUEST']._serialized_start=827
+  _globals['_WEIGHTSREQUEST']._serialized_end=871
+  _globals['_WEIGHTSTICKET']._serialized_start=873
+  _globals['_WEIGHTSTICKET']._serialized_end=933
+  _globals['_NEIGHBOUR']._serialized_start=936
+  _globals['_NEIGHBOUR']._serialized_end=1095
+  _globals['_CONNECTREQUEST']._serialized_start=1097
+  _globals['_CONNECTREQUEST']._serialized_end=1223
+  _globals['_STARTREQUEST']._serialized_start=1226
+  _globals['_STARTREQUEST']._serialized_end=1467
+  _globals['_STOPREQUEST']._serialized_start=1469
+  _globals['_STOPREQUEST']._serialized_end=1564
+  _globals['_RELEASEREQUEST']._serialized_start=1566
+  _globals['_RELEASEREQUEST']._serialized_end=1645
+  _globals['_DISPLACEREQUEST']._serialized_start=1647
+  _globals['_DISPLACEREQUEST']._serialized_end=1707
+  _globals['_EVENTSREQUEST']._serialized_start=1709
+  _globals['_EVENTSREQUEST']._serialized_end=1773
+  _globals['_WORKEREVENT']._serialized_start=1776
+  _globals['_WORKEREVENT']._serialized_end=1983
+  _globals['_TOKENEVENT']._serialized_start=1985
+  _globals['_TOKENEVENT']._serialized_end=2084
+  _globals['_FAILUREEVENT']._serialized_start=2086
+  _globals['_FAILUREEVENT']._serialized_end=2150
+  _globals['_ALIVEEVENT']._serialized_start=2152
+  _globals['_ALIVEEVENT']._serialized_end=2179
+  _globals['_PEER']._serialized_start=2182
+  _globals['_PEER']._serialized_end=3051
 # @@protoc_insertion_point(module_scope)

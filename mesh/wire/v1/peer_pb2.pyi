@@ -143,6 +143,58 @@ class AnswerReply(_message.Message):
 Global___AnswerReply: _TypeAlias = AnswerReply  # noqa: Y015
 
 @_typing.final
+class RelayRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SITE_FIELD_NUMBER: _builtins.int
+    OTHER_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    site: _builtins.str
+    """where to"""
+    other: _builtins.str
+    """where from"""
+    address: _builtins.bytes
+    """of a worker there, as its TCP transport told it; empty: the control plane of that site's peer"""
+    def __init__(
+        self,
+        *,
+        site: _builtins.str = ...,
+        other: _builtins.str = ...,
+        address: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "other", b"other", "site", b"site"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RelayRequest: _TypeAlias = RelayRequest  # noqa: Y015
+
+@_typing.final
+class RelayReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    DELAY_S_FIELD_NUMBER: _builtins.int
+    address: _builtins.bytes
+    """to use instead; HOST:PORT for a control plane"""
+    delay_s: _builtins.float
+    """emulated one-way latency of both links; 0 outside drills"""
+    def __init__(
+        self,
+        *,
+        address: _builtins.bytes = ...,
+        delay_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "delay_s", b"delay_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RelayReply: _TypeAlias = RelayReply  # noqa: Y015
+
+@_typing.final
 class MeasureRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -338,6 +390,7 @@ class Neighbour(_message.Message):
     HELLO_FIELD_NUMBER: _builtins.int
     SEAL_FIELD_NUMBER: _builtins.int
     DELAY_S_FIELD_NUMBER: _builtins.int
+    VIA_FIELD_NUMBER: _builtins.int
     role: _builtins.str
     """"next", "previous" or "shard" """
     rank: _builtins.int
@@ -355,6 +408,8 @@ class Neighbour(_message.Message):
     seal: _builtins.bool
     delay_s: _builtins.float
     """emulated one-way latency; 0 outside drills"""
+    via: _builtins.str
+    """the site that relays this channel; empty where the two meet directly"""
     def __init__(
         self,
         *,
@@ -367,10 +422,11 @@ class Neighbour(_message.Message):
         hello: _builtins.bytes = ...,
         seal: _builtins.bool = ...,
         delay_s: _builtins.float = ...,
+        via: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "backend", b"backend", "delay_s", b"delay_s", "hello", b"hello", "key", b"key", "name", b"name", "rank", b"rank", "role", b"role", "seal", b"seal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "backend", b"backend", "delay_s", b"delay_s", "hello", b"hello", "key", b"key", "name", b"name", "rank", b"rank", "role", b"role", "seal", b"seal", "via", b"via"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

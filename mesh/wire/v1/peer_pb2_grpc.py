@@ -100,6 +100,11 @@ class PeerStub:
                 request_serializer=mesh_dot_wire_dot_v1_dot_peer__pb2.MeasureRequest.SerializeToString,
                 response_deserializer=mesh_dot_wire_dot_v1_dot_peer__pb2.MeasureReply.FromString,
                 _registered_method=True)
+        self.Relay = channel.unary_unary(
+                '/mesh.wire.v1.Peer/Relay',
+                request_serializer=mesh_dot_wire_dot_v1_dot_peer__pb2.RelayRequest.SerializeToString,
+                response_deserializer=mesh_dot_wire_dot_v1_dot_peer__pb2.RelayReply.FromString,
+                _registered_method=True)
 
 
 class PeerServicer:
@@ -197,6 +202,13 @@ class PeerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Relay(self, request, context):
+        """hand bytes on to a site that another one does not reach as well
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PeerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -264,6 +276,11 @@ def add_PeerServicer_to_server(servicer, server):
                     servicer.Measure,
                     request_deserializer=mesh_dot_wire_dot_v1_dot_peer__pb2.MeasureRequest.FromString,
                     response_serializer=mesh_dot_wire_dot_v1_dot_peer__pb2.MeasureReply.SerializeToString,
+            ),
+            'Relay': grpc.unary_unary_rpc_method_handler(
+                    servicer.Relay,
+                    request_deserializer=mesh_dot_wire_dot_v1_dot_peer__pb2.RelayRequest.FromString,
+                    response_serializer=mesh_dot_wire_dot_v1_dot_peer__pb2.RelayReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -617,6 +634,33 @@ class Peer:
             '/mesh.wire.v1.Peer/Measure',
             mesh_dot_wire_dot_v1_dot_peer__pb2.MeasureRequest.SerializeToString,
             mesh_dot_wire_dot_v1_dot_peer__pb2.MeasureReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Relay(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/mesh.wire.v1.Peer/Relay',
+            mesh_dot_wire_dot_v1_dot_peer__pb2.RelayRequest.SerializeToString,
+            mesh_dot_wire_dot_v1_dot_peer__pb2.RelayReply.FromString,
             options,
             channel_credentials,
             insecure,

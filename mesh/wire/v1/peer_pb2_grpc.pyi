@@ -60,6 +60,8 @@ class PeerStub:
     """begin to answer one measurement of the link to this peer"""
     Measure: _grpc.UnaryUnaryMultiCallable[_peer_pb2.MeasureRequest, _peer_pb2.MeasureReply]
     """which transport the link from this peer to another one is best at"""
+    Relay: _grpc.UnaryUnaryMultiCallable[_peer_pb2.RelayRequest, _peer_pb2.RelayReply]
+    """hand bytes on to a site that another one does not reach as well"""
 
 @_typing.type_check_only
 class PeerAsyncStub(PeerStub):
@@ -92,6 +94,8 @@ class PeerAsyncStub(PeerStub):
     """begin to answer one measurement of the link to this peer"""
     Measure: _aio.UnaryUnaryMultiCallable[_peer_pb2.MeasureRequest, _peer_pb2.MeasureReply]  # type: ignore[assignment]
     """which transport the link from this peer to another one is best at"""
+    Relay: _aio.UnaryUnaryMultiCallable[_peer_pb2.RelayRequest, _peer_pb2.RelayReply]  # type: ignore[assignment]
+    """hand bytes on to a site that another one does not reach as well"""
 
 class PeerServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -199,5 +203,13 @@ class PeerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_peer_pb2.MeasureReply, _abc.Awaitable[_peer_pb2.MeasureReply]]:
         """which transport the link from this peer to another one is best at"""
+
+    @_abc_1.abstractmethod
+    def Relay(
+        self,
+        request: _peer_pb2.RelayRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_peer_pb2.RelayReply, _abc.Awaitable[_peer_pb2.RelayReply]]:
+        """hand bytes on to a site that another one does not reach as well"""
 
 def add_PeerServicer_to_server(servicer: PeerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

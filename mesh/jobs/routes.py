@@ -1,0 +1,79 @@
+"""How the two ends of a channel meet: over which transport, and directly or through a relay.
+
+Between sites whose pair goes through a third one (`topology.relays`) that site's peer hands bytes on; the workers see
+an address like any other, and seal end to end as ever. Elsewhere the transport is the one that proved best on the link,
+or the one that a configuration left: see `mesh.peer.measuring`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from mesh.errors import JobFailed, MeshError
+from mesh.jobs.peers import View
+from mesh.wire.v1 import peer_pb2
+
+logger = logging.getLogger(__name__)
+
+#: UCX where both ends offer it and nothing was measured: they do where they have accelerators, or were told to.
+PREFERENCE: Final = ("ucx", "tcp")
+
+Offers = Mapping[str, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What a connector needs: transport, the address to connect to, and of a relay its site and its emulated delay."""
+
+    backend: str
+    address: bytes
+    via: str = ""
+    delay_s: float = 0.0
+
+
+class Routes:
+    """The routes of one deployment. Each pair of sites is measured once."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self._best: dict[tuple[str, str, tuple[str, ...]], str] = {}
+
+    async def find(self, connector: str, acceptor: str, wanted: Offers, offered: Offers) -> Route:
+        """From a worker of the site `connector`, which offers `wanted`, to one of `acceptor`, which offers `offered`.
+
+        Raises JobFailed where they share no transport, MeshError where a relay they cannot do without is of no use.
+        """
+        common = tuple(name for name in PREFERENCE if name in offered and name in wanted)
+        if not common:
+            raise JobFailed(
+                f"workers at {connector} and {acceptor} share no transport: "
+                f"one offers {', '.join(wanted) or 'none'}, the other {', '.join(offered) or 'none'}"
+            )
+        via = self._view.via(connector, acceptor) if connector != acceptor else ""
+        if via and "tcp" in common:
+            request = peer_pb2.RelayRequest(site=acceptor, other=connector, address=offered["tcp"])
+            try:
+                reply = await self._view.peer(via).relay(request)
+                return Route("tcp", reply.address, via, reply.delay_s)
+            except MeshError as error:
+                if not self._view.reaches(connector, acceptor):
+                    raise
+                logger.warning("%s does not relay from %s to %s: %s", via, connector, acceptor, error)
+        backend = await self._choose(connector, acceptor, common)
+        return Route(backend, offered[backend])
+
+    async def _choose(self, connector: str, acceptor: str, common: tuple[str, ...]) -> str:
+        if len(common) == 1:
+            return common[0]
+        key = (connector, acceptor, common)
+        if key not in self._best:
+            try:
+                chosen = await self._view.peer(connector).measure(acceptor, common)
+            except MeshError as error:
+                logger.warning("the transports from %s to %s were not compared: %s", connector, acceptor, error)
+                chosen = ""
+            self._best[key] = chosen if chosen in common else common[0] if connector == acceptor else "tcp"
+        return self._best[key]
