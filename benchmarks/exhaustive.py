@@ -29,7 +29,9 @@ import numpy.typing as npt
 from benchmarks.command import command
 from topology import Constraints, Device, Link, ModelSpec, NoFeasiblePlan, Plan, Site, Snapshot, partition
 from topology import cost as model_cost
+from topology.model import LOGIT_BYTES
 from topology.picture import Node, Picture, look
+from topology.shares import cut_unit
 
 OBJECTIVES: Final = ("latency", "throughput", "first_token")
 #: A plan is as good as the best if its figure is within this: rounding in sums of different orders.
@@ -131,8 +133,8 @@ class Exhaustive:
     def _times(self, nodes: tuple[Node, ...], first: bool, last: bool) -> tuple[Array, Array]:
         """Least seconds of 1..L layers over every cut of groups, columns and rows; infinite where none fits."""
         model, count = self.model, len(nodes)
-        unit = model_cost.cut_unit(model.intermediate, count)
-        row_unit = model_cost.cut_unit(model.vocab, count)
+        unit = cut_unit(model.intermediate, count)
+        row_unit = cut_unit(model.vocab, count)
         group = model.heads // model.kv_heads
         unit_heads, units = (group, model.kv_heads) if count <= model.kv_heads else (1, model.heads)
         heads = np.array(list(compositions(units, count))).reshape(-1, count) * unit_heads
@@ -165,7 +167,7 @@ class Exhaustive:
         layer_s = (mlp / speed).max(axis=1) + model_cost.LAYER_OVERHEAD_S + reduces
         head_s = (rows * model.row_bytes / speed).max(axis=1)
         if last and count > 1:
-            head_s = head_s + worst.transfer_s(model.vocab * model_cost.LOGIT_BYTES)
+            head_s = head_s + worst.transfer_s(model.vocab * LOGIT_BYTES)
         many = 0.0 if count == 1 else 2 * worst.transfer_s((count - 1) * tokens * model.activation_bytes)
         scores = 2 * tokens**2 * heads * model.head_dim
         attention_ops = 2 * attention / model.weight_bytes * tokens + scores

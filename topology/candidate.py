@@ -106,7 +106,8 @@ class Candidate:
                     kv_heads=each.kv_heads[rank],
                     columns=each.columns[rank],
                     vocabulary=each.vocabulary[rank],
-                    memory_bytes=each.fixed_bytes[rank] + layers * each.layer_bytes[rank],
+                    memory_bytes=node.real_bytes(each.fixed_bytes[rank] + layers * each.layer_bytes[rank]),
+                    dtype=node.dtype,
                     heads=each.heads[rank],
                 )
                 for rank, node in enumerate(each.nodes)

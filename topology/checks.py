@@ -39,6 +39,23 @@ def word(allowed: Iterable[str], *, optional: bool = True) -> Check:
     return check
 
 
+def one_or_some(allowed: Iterable[str], any_of: str) -> Check:
+    """One of `allowed` or the word `any_of`; or several of `allowed`, sorted; None. A list of one is that one."""
+    names = list(allowed)
+    one = word([*names, any_of])
+
+    def check(name: str, value: Any) -> str | tuple[str, ...] | None:
+        if not isinstance(value, (list, tuple, set, frozenset)):
+            found: str | None = one(name, value)
+            return found
+        several = tuple(sorted({str(word(names)(name, entry)) for entry in value if entry is not None}))
+        if not several:
+            raise ConstraintError(f"{name} must be one of {', '.join(names)} or a list of them, not an empty list")
+        return several if len(several) > 1 else several[0]
+
+    return check
+
+
 def words(allowed: Iterable[str]) -> Check:
     """Any of `allowed`, sorted; underscores stand for hyphens where only that makes the word known."""
     names = list(allowed)

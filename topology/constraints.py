@@ -15,7 +15,7 @@
 | `trusted_only` | true or false | only sites that are marked as trusted |
 | `private` | true or false | token ids appear at the submitting site alone: the first and the last stage are there |
 | `needs` | "matmul-throughput", "memory-bandwidth", "memory", "low-latency", "low-price" | only devices measured within a factor of two of the best; see `topology.needs` |
-| `dtype` | "float32", "bfloat16", "float16" | what the model runs in, instead of its own |
+| `dtype` | "float32", "bfloat16", "float16", a list of these, or "auto" | what the model runs in, instead of its own; of a list each device takes what pays there, and of "auto" its own dtype or a wider one; see `topology.dtypes` |
 | `codes` | "bfloat16", "fp8", "int8" | lossy codes that hidden states may travel in where bandwidth is the limit |
 | `context` | integer >= 1 | tokens to size KV caches for; default min(model's, 2048) |
 | `concurrency` | integer >= 1 | requests of that context whose KV caches fit at once; default 1 |
@@ -64,7 +64,7 @@ class Constraints:
     exclude_sites: tuple[str, ...] = ()
     regions: tuple[str, ...] = ()
     max_sites: int | None = None
-    dtype: str | None = None
+    dtype: str | tuple[str, ...] | None = None
     context: int | None = None
     stages: int | None = None
     shards: int | tuple[int, ...] | None = None
@@ -160,7 +160,7 @@ _CHECKS: Final[dict[str, Check]] = {
     "exclude_sites": checks.texts,
     "regions": checks.texts,
     "max_sites": checks.count,
-    "dtype": checks.word(DTYPE_BYTES),
+    "dtype": checks.one_or_some(DTYPE_BYTES, "auto"),
     "context": checks.count,
     "stages": checks.count,
     "shards": checks.widths,

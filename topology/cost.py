@@ -13,7 +13,6 @@ mean while it fills. Prefill is the roofline too, for `PREFILL_TOKENS` tokens.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -22,26 +21,20 @@ from typing import Final
 
 from topology.headcuts import HeadCut
 from topology.heads import kv_span
-from topology.model import ModelSpec
+from topology.model import LOGIT_BYTES, PREFILL_CHUNK, ModelSpec
 from topology.picture import Node, Path, Picture
-from topology.shares import cut
+from topology.shares import CUT_UNIT, cut, cut_unit, ranges
 from topology.sharing import Demand, share
 
-#: Longest run of prompt tokens a stage computes at once; activation memory is sized for it.
-PREFILL_CHUNK: Final = 512
 #: Prompt length behind `Predicted.first_token_ms`.
 PREFILL_TOKENS: Final = 512
 #: Time of a layer that does not shrink with its slice: Python, dispatch, kernel launches. For devices that nobody
 #: measured (`Node.layer_s`). Measured: 200 us at best and
 #: 234 us in the median for a Llama layer of hidden size 32 (transformers 5, torch 2.13, one thread of an AMD EPYC).
 LAYER_OVERHEAD_S: Final = 200e-6
-#: MLP columns and head rows are cut at multiples of this: a cache line of float16 and a tile of most matrix kernels.
-CUT_UNIT: Final = 8
 #: Bytes of what the last stage hands to the first: a token's id, not its hidden state. Measured with its frame and
 #: seal, three stages in a ring (docs/benchmarks.md).
 TOKEN_BYTES: Final = 62
-#: Bytes of one logit: sampling happens in float32.
-LOGIT_BYTES: Final = 4
 
 #: How an island is shared out. "speed": the least time of decoding, as far as memory allows; "prefill": the least time
 #: of prefill (`topology.sharing`). "memory": in proportion to memory, for models that fit no other way. "roomy": as
@@ -262,8 +255,8 @@ def _shares(
         unit, row_unit = cut_unit(model.intermediate, len(nodes)), cut_unit(model.vocab, len(nodes))
         return (
             *_heads(model, groups),
-            _ranges(parts, unit, model.intermediate),
-            _ranges(rows, row_unit, model.vocab) if last else nobody,
+            ranges(parts, unit, model.intermediate),
+            ranges(rows, row_unit, model.vocab) if last else nobody,
         )
     embeds = [model.embedding_bytes if first and rank == 0 else 0 for rank in range(len(nodes))]
     room = [max(float(node.usable_bytes - embed), 1.0) for node, embed in zip(nodes, embeds, strict=True)]
@@ -289,24 +282,11 @@ def _shares(
     return heads, kv_heads, columns, vocabulary
 
 
-def cut_unit(total: int, count: int) -> int:
-    """Columns or rows are cut at multiples of `CUT_UNIT`, or its half where there are too few, and so on."""
-    unit = CUT_UNIT
-    while unit > 1 and -(-total // unit) < count:
-        unit //= 2
-    return unit
-
-
 def _heads(model: ModelSpec, shares: list[int]) -> tuple[tuple[tuple[int, int], ...], ...]:
     """Ranges of query heads and of KV heads: shares of whole groups, or of query heads where there are too few."""
     group = model.heads // model.kv_heads
-    heads = _ranges(shares, group if len(shares) <= model.kv_heads else 1, model.heads)
+    heads = ranges(shares, group if len(shares) <= model.kv_heads else 1, model.heads)
     return heads, tuple(kv_span(span, group) for span in heads)
-
-
-def _ranges(shares: list[int], unit: int, total: int) -> tuple[tuple[int, int], ...]:
-    ends = [min(end * unit, total) for end in itertools.accumulate(shares, initial=0)]
-    return tuple(itertools.pairwise(ends))
 
 
 def _demand(

@@ -189,5 +189,6 @@ def _memory(chosen: Candidate, context: int) -> str:
     shares = []
     for each, layers in zip(chosen.fits, chosen.counts, strict=True):
         for node, fixed, layer in zip(each.nodes, each.fixed_bytes, each.layer_bytes, strict=True):
-            shares.append(f"{node.key} {megabytes(fixed + layers * layer)} of {megabytes(node.usable_bytes)}")
+            taken, room = (node.real_bytes(size) for size in (fixed + layers * layer, node.usable_bytes))
+            shares.append(f"{node.key} {megabytes(taken)} of {megabytes(room)}")
     return f"memory with a KV cache of {context} tokens: {', '.join(shares)}"

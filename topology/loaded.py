@@ -22,18 +22,19 @@ class Loaded:
         self.whole_bytes = model.layers * self._layer((0, model.kv_heads), (0, model.heads), (0, model.intermediate))
         #: By `site/device`: layers, KV heads, query heads and columns, of shards and of standbys.
         self._spans: dict[str, tuple[Span, tuple[Span, Span, Span]]] = {}
+        self._dtypes: dict[str, str] = {}
         self.bytes_by_device: dict[str, float] = {}
         for stage in previous.stages:
             for shard in stage.shards:
                 spans = (shard.kv_heads, shard.query_heads(model), shard.columns)
-                self._spans[shard.key] = ((stage.start, stage.end), spans)
+                self._spans[shard.key], self._dtypes[shard.key] = ((stage.start, stage.end), spans), shard.dtype
                 layer = self._layer(*spans)
                 self.bytes_by_device[shard.key] = (stage.end - stage.start) * layer
         for standby in previous.standbys:
             stage = previous.stages[standby.stage]
             shard = stage.shards[standby.rank]
             spans = (shard.kv_heads, shard.query_heads(model), shard.columns)
-            self._spans[standby.key] = ((stage.start, stage.end), spans)
+            self._spans[standby.key], self._dtypes[standby.key] = ((stage.start, stage.end), spans), shard.dtype
         self._kept: dict[tuple[object, ...], dict[str, float]] = {}
         self._widest: dict[str, float] = {}
 
@@ -50,7 +51,7 @@ class Loaded:
         start = 0
         for each, layers in zip(candidate.fits, candidate.counts, strict=True):
             for rank, node in enumerate(each.nodes):
-                if node.key in self._spans:
+                if node.key in self._spans and self._dtypes[node.key] == node.dtype:
                     (old_start, old_end), spans = self._spans[node.key]
                     common = min(start + layers, old_end) - max(start, old_start)
                     if common > 0:

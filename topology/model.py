@@ -9,10 +9,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any
+from typing import Any, Final
 
 #: Bytes of one element, by torch's dtype name.
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+#: Longest run of prompt tokens a stage computes at once; activation memory is sized for it.
+PREFILL_CHUNK: Final = 512
+#: Bytes of one logit: sampling happens in float32.
+LOGIT_BYTES: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,3 +89,8 @@ class ModelSpec:
     def from_dict(cls, document: dict[str, Any]) -> ModelSpec:
         """Raises KeyError for a missing field that has no default; unknown fields are ignored."""
         return cls(**{f.name: document[f.name] for f in fields(cls) if f.name in document or f.default is MISSING})
+
+
+def in_float32(model: ModelSpec) -> int:
+    """Bytes of a shard that are in float32 whatever its dtype, at most: norms of a chunk of a prompt, and logits."""
+    return PREFILL_CHUNK * 4 * model.hidden + 2 * LOGIT_BYTES * model.vocab

@@ -20,6 +20,7 @@ from topology.archive import alternatives, pareto
 from topology.checks import nearest
 from topology.constraints import Constraints
 from topology.displace import RunningJob, displace
+from topology.dtypes import allowed
 from topology.eligible import check_names
 from topology.errors import ConstraintError, NoFeasiblePlan, Shortfall, TopologyError
 from topology.explain import why
@@ -66,10 +67,13 @@ def partition(
         raise ConstraintError("strategy 'pipeline' has one shard a stage: leave shards out or take another strategy")
     if previous is None:
         check_names(snapshot, wishes, origin)
-    model = _checked(replace(model, dtype=wishes.dtype) if wishes.dtype else model)
+    dtypes = allowed(wishes.dtype, _checked(model).dtype)
+    model = replace(model, dtype=dtypes[0])
     context = wishes.context or min(model.context, DEFAULT_CONTEXT)
     _possible(model, wishes, context)
-    request = Request(snapshot, model, context, wishes, strategy, origin, previous)
+    # The bytes of weights that are quantised do not depend on a dtype.
+    several = dtypes if model.bytes_per_parameter is None else dtypes[:1]
+    request = Request(snapshot, model, context, wishes, strategy, origin, previous, dtypes=several)
     solution, outcome = solve(request)
     displaces: tuple[str, ...] = ()
     if solution is None and (given_way := displace(request, running)) is not None:

@@ -15,7 +15,7 @@ from typing import Final
 from topology.constraints import Constraints
 from topology.eligible import allowed_device, allowed_sites
 from topology.errors import TopologyError
-from topology.model import DTYPE_BYTES, ModelSpec
+from topology.model import DTYPE_BYTES, ModelSpec, in_float32
 from topology.needs import meeting
 from topology.relays import RELAY_COST_S
 from topology.snapshot import Decoding, Device, Link, Site, Snapshot
@@ -53,6 +53,9 @@ class Node:
 
     `layer_s` is what a layer costs beside its bytes, None where nobody measured it, and `row_s` a row of the head.
     `together`: how many times as long it takes beside another device of its site that computes at the same time.
+
+    `dtype` is what it holds weights in where that is not the model's own. Its figures are then in the model's terms: a
+    byte of the model's takes `scale` bytes there, and besides `extra_bytes` are taken by what is in float32 anyway.
     """
 
     site: str
@@ -64,6 +67,9 @@ class Node:
     layer_s: float | None = None
     row_s: float = 0.0
     together: float = 1.0
+    dtype: str = ""
+    scale: float = 1.0
+    extra_bytes: int = 0
     _hash: int = field(init=False, repr=False, compare=False, default=0)
 
     def __post_init__(self) -> None:
@@ -77,6 +83,10 @@ class Node:
     def key(self) -> str:
         """`site/device`, as `topology.plan.Shard.key`."""
         return f"{self.site}/{self.name}"
+
+    def real_bytes(self, counted: int) -> int:
+        """What so many bytes, counted in the model's dtype, take in this device's."""
+        return counted if self.scale == 1 else math.ceil(counted * self.scale) + self.extra_bytes
 
     @property
     def pace(self) -> tuple[float | None, float, float]:
@@ -158,8 +168,11 @@ def look(
     reserve: bool = True,
     ignore_unreachable: bool = False,
     origin: str | None = None,
+    dtypes: Mapping[str, str] | None = None,
 ) -> Picture:
     """The picture under the constraints that choose sites and devices.
+
+    `dtypes`: what devices hold weights in, by `site/device`; a device that was not measured in that is left out.
 
     `reserve`: keep each device's reserve free. `ignore_unreachable` treats cut pairs as not measured, to find out what
     they cost. Raises TopologyError where the snapshot names a site or a device twice.
@@ -174,7 +187,11 @@ def look(
         notes += said
     nodes: dict[str, tuple[Node, ...]] = {}
     for site in sites:
-        found = (_node(site, device, model, reserve, notes) for owner, device in sound if owner is site)
+        found = (
+            _held(site, device, model, reserve, notes, (dtypes or {}).get(f"{site.name}/{device.name}", model.dtype))
+            for owner, device in sound
+            if owner is site
+        )
         usable = tuple(sorted((node for node in found if node is not None), key=lambda node: node.rank))
         if usable:
             nodes[site.name] = usable
@@ -201,6 +218,24 @@ def _sound(site: Site, constraints: Constraints, notes: list[str]) -> list[Devic
         elif allowed_device(device, constraints):
             sound.append(device)
     return sound
+
+
+def _held(  # noqa: PLR0917 - `_node` with one thing more
+    site: Site, device: Device, model: ModelSpec, reserve: bool, notes: list[str], dtype: str
+) -> Node | None:
+    """The node of a device that holds the model's weights in `dtype`, its figures in terms of the model's own."""
+    if dtype == model.dtype:
+        return _node(site, device, model, reserve, notes)
+    node = _node(site, device, replace(model, dtype=dtype), reserve, notes) if dtype in device.flops else None
+    if node is None:
+        return None
+    scale = DTYPE_BYTES[dtype] / DTYPE_BYTES[model.dtype]
+    # Norms compute in float32 and logits are in it, whatever the dtype: what is counted for them does not shrink.
+    extra = math.ceil(max(1 - scale, 0.0) * in_float32(model))
+    usable = max(math.floor((node.usable_bytes - extra) / scale), 0)
+    if not usable:
+        return None
+    return replace(node, speed=node.speed / scale, usable_bytes=usable, dtype=dtype, scale=scale, extra_bytes=extra)
 
 
 def _node(site: Site, device: Device, model: ModelSpec, reserve: bool, notes: list[str]) -> Node | None:

@@ -45,7 +45,7 @@ def _present(search: Search, candidate: Candidate, held: dict[str, tuple[Held, .
     for each, layers in zip(candidate.fits, candidate.counts, strict=True):
         for rank, node in enumerate(each.nodes):
             for entry in held.get(node.key, ()):
-                if entry.model == model.name and entry.dtype in ("", model.dtype):
+                if entry.model == model.name and entry.dtype in ("", node.dtype or model.dtype):
                     common = _overlap((start, start + layers), (entry.start, entry.end))
                     groups = _overlap(each.kv_heads[rank], entry.kv_heads)
                     columns = _overlap(each.columns[rank], entry.columns)

@@ -55,10 +55,10 @@ class _Tries:
         self.left -= 1
         request = self.request
         context = wishes.context or request.context
-        model = replace(request.model, dtype=wishes.dtype) if wishes.dtype else request.model
-        asked = replace(
-            request, constraints=wishes, context=context, model=model, previous=None, keep_reserve=keep_reserve
-        )
+        lower = wishes.dtype if wishes.dtype != request.constraints.dtype else None
+        asked = replace(request, constraints=wishes, context=context, previous=None, keep_reserve=keep_reserve)
+        if isinstance(lower, str):
+            asked = replace(asked, model=replace(request.model, dtype=lower), dtypes=(lower,))
         return solve(asked, thorough=False, max_work=TRY_WORK, spent=self.spent)[0]
 
 

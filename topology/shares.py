@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
+from typing import Final
+
+#: MLP columns and head rows are cut at multiples of this: a cache line of float16 and a tile of most matrix kernels.
+CUT_UNIT: Final = 8
 
 
 def largest_remainder(total: int, weights: Sequence[float], *, minimum: int = 0) -> list[int]:
@@ -52,3 +57,17 @@ def cut(total: int, weights: Sequence[float], *, unit: int = 1) -> list[tuple[in
 def left_out(total: int, weights: Sequence[float]) -> list[int]:
     """Indices that would get nothing of `total`: devices too slow to hold even one KV-head group."""
     return [index for index, share in enumerate(largest_remainder(total, weights)) if share == 0]
+
+
+def cut_unit(total: int, count: int) -> int:
+    """Columns or rows are cut at multiples of `CUT_UNIT`, or its half where there are too few, and so on."""
+    unit = CUT_UNIT
+    while unit > 1 and -(-total // unit) < count:
+        unit //= 2
+    return unit
+
+
+def ranges(shares: Sequence[int], unit: int, total: int) -> tuple[tuple[int, int], ...]:
+    """Half-open ranges one after the other, of so many units each; the last ends at `total` at most."""
+    ends = [min(end * unit, total) for end in itertools.accumulate(shares, initial=0)]
+    return tuple(itertools.pairwise(ends))

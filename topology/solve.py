@@ -6,10 +6,11 @@ the constraints, and never explains: that is `topology.explain` and `topology.re
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
+from topology import dtypes
 from topology.archive import Archive
 from topology.around import WORK, around
 from topology.candidate import Candidate
@@ -17,7 +18,7 @@ from topology.constraints import Constraints
 from topology.keep import kept, steadiest
 from topology.model import ModelSpec
 from topology.picture import Picture, look
-from topology.plan import Plan, Standby
+from topology.plan import Plan, Standby, device_of
 from topology.prefer import already_there
 from topology.replicas import Fleet, fleet
 from topology.search import MAX_WORK, Outcome, Search
@@ -33,6 +34,7 @@ FRONT_WORK: Final = 2_000
 class Request:
     """All that a plan depends on. `constraints` are parsed, `model` is checked.
 
+    `dtypes` are those that devices may hold weights in, the model's first; none or one: all hold the model's.
     `keep_reserve`: try to leave the reserve of every device free, before it is used.
     """
 
@@ -44,14 +46,15 @@ class Request:
     origin: str | None = None
     previous: Plan | None = None
     keep_reserve: bool = True
+    dtypes: tuple[str, ...] = ()
 
     def search(self, picture: Picture, constraints: Constraints, max_work: float = MAX_WORK) -> Search:
         """A search of the picture."""
         return Search(picture, self.model, self.context, constraints, self.strategy, max_work=max_work)
 
-    def look(self, constraints: Constraints, *, reserve: bool) -> Picture:
-        """The picture under these constraints."""
-        return look(self.snapshot, self.model, constraints, reserve=reserve, origin=self.origin)
+    def look(self, constraints: Constraints, *, reserve: bool, dtypes: Mapping[str, str] | None = None) -> Picture:
+        """The picture under these constraints, with these `dtypes` by `site/device`."""
+        return look(self.snapshot, self.model, constraints, reserve=reserve, origin=self.origin, dtypes=dtypes)
 
 
 @dataclass(frozen=True)
@@ -98,22 +101,66 @@ def solve(
     wishes = request.constraints
     outcome = Outcome(None, None, False)
     for asked, reserve in _attempts(request):
-        picture = request.look(asked, reserve=reserve)
         extra = (_lost(wishes),) if asked is not wishes else ()
-        if asked.replicas != 1:
-            solution = _fleet(request, picture, asked, max_work)
+        if len(request.dtypes) > 1:
+            solution, outcome = _with_dtypes(request, asked, reserve, max_work, spent)
         else:
-            search = request.search(picture, asked, max_work)
-            outcome = search.run()
-            if spent is not None:
-                spent.append(search.assembler.work)
-            solution = None if outcome.best is None else _single(request, search, outcome.best, thorough=thorough)
+            solution, outcome = _on(request, request.look(asked, reserve=reserve), asked, max_work, spent)
         if solution is not None:
+            if thorough and request.previous is None and solution.fleet is None and asked.replicas == 1:
+                solution = replace(solution, archive=_whole_front(request, solution.search, solution.archive))
             return (
                 replace(solution, reserve=reserve, cut_short=outcome.cut_short, extra=solution.extra + extra),
                 outcome,
             )
     return None, outcome
+
+
+def _on(
+    request: Request, picture: Picture, asked: Constraints, max_work: float, spent: list[float] | None
+) -> tuple[Solution | None, Outcome]:
+    """The solution on one picture."""
+    if asked.replicas != 1:
+        return _fleet(request, picture, asked, max_work), Outcome(None, None, False)
+    search = request.search(picture, asked, max_work)
+    outcome = search.run()
+    if spent is not None:
+        spent.append(search.assembler.work)
+    return (None if outcome.best is None else _single(request, search, outcome.best)), outcome
+
+
+def _with_dtypes(
+    request: Request, asked: Constraints, reserve: bool, max_work: float, spent: list[float] | None
+) -> tuple[Solution | None, Outcome]:
+    """The best solution over the dtypes that devices may hold weights in. A running plan's devices keep theirs."""
+    model, keys = request.model, [f"{site.name}/{d.name}" for site in request.snapshot.sites for d in site.devices]
+    pictures = {
+        dtype: request.look(asked, reserve=reserve, dtypes=dict.fromkeys(keys, dtype)) for dtype in request.dtypes
+    }
+    choices = dtypes.options(pictures, model.dtype)
+    for shard in request.previous.shards if request.previous is not None else ():
+        key, dtype = f"{shard.site}/{device_of(shard.device)}", shard.dtype or model.dtype
+        if key in choices and dtype in pictures and key in dtypes.nodes_of(pictures[dtype]):
+            choices[key] = (dtype,)
+    last = Outcome(None, None, False)
+
+    def attempt(choice: Mapping[str, str]) -> dtypes.Answer | None:
+        nonlocal last
+        picture = request.look(asked, reserve=reserve, dtypes=choice)
+        solution, last = _on(request, picture, asked, max_work / dtypes.SEARCHES, spent)
+        if solution is None:
+            return None
+        rings = (solution.chosen,) if solution.fleet is None else solution.fleet.rings
+        used = tuple(f"{s.site}/{device_of(s.device)}" for ring in rings for stage in ring.stages for s in stage.shards)
+        cost = (-solution.rate,) if solution.fleet is not None else solution.chosen.cost(asked.wish)
+        return dtypes.Answer(cost, used, (solution, last))
+
+    best = dtypes.choose(choices, pictures, attempt)
+    if best is None:
+        return None, last
+    solution, outcome = best.found
+    told = dtypes.reasons(solution.chosen, choices, pictures, model)
+    return replace(solution, extra=(*solution.extra, *told)), outcome
 
 
 def _attempts(request: Request) -> Iterator[tuple[Constraints, bool]]:
@@ -139,7 +186,7 @@ def _lost(wishes: Constraints) -> str:
     return f"the forced shape, stages={wishes.stages} shards={wishes.shards}, is no longer possible"
 
 
-def _single(request: Request, search: Search, best: Candidate, *, thorough: bool) -> Solution | None:
+def _single(request: Request, search: Search, best: Candidate) -> Solution | None:
     previous, wishes = request.previous, search.constraints
     archive = search.assembler.archive
     extra: tuple[str, ...] = ()
@@ -161,8 +208,6 @@ def _single(request: Request, search: Search, best: Candidate, *, thorough: bool
         extra += ("a better plan would leave no room for the standbys",)
     if solution is None:
         return None
-    if thorough and previous is None:
-        archive = _whole_front(request, search, archive)
     return replace(solution, archive=archive, extra=extra)
 
 

@@ -64,7 +64,7 @@ def _cost(picture: Picture, model: ModelSpec, ring: Candidate, place: tuple[int,
     index, rank = place
     stages = ring.stages
     shard = _shard(stages, place)
-    if node.usable_bytes < shard.memory_bytes:
+    if node.real_bytes(node.usable_bytes) < shard.memory_bytes:
         return _IMPOSSIBLE_S
     fit = ring.fits[index]
     served = fit.nodes[rank]

@@ -29,7 +29,7 @@ def parse(options: list[str], named: Mapping[str, Any] | None = None) -> dict[st
             result.setdefault(key, []).extend(part.strip() for part in text.split(",") if part.strip())
         elif key in result:
             raise RequestError(f"--constraint: {key} is given twice")
-        elif key == "shards" and "," in text:
+        elif key in ("shards", "dtype") and "," in text:
             result[key] = [_number(part.strip()) for part in text.split(",") if part.strip()]
         else:
             result[key] = _number(text)

@@ -150,14 +150,13 @@ class Coordinator:
     def plan(self, info: ModelInfo) -> Plan:
         """Where the job would run now. Raises TopologyError."""
         constraints = Constraints.parse(self.job.constraints)
-        spec = info.spec if constraints.dtype is None else replace(info.spec, dtype=constraints.dtype)
         # The job's own present shards make room for the next ones. Those of its replicas stay theirs.
         held = replace(self.job.plan, replicas=()).memory_bytes if self.job.plan else {}
         snapshot = self._view.snapshot().without(self._avoid()).with_freed(held)
         own = (self.job.id, *(ring.job.id for ring in self.replicas))
         return partition(
             snapshot,
-            spec,
+            info.spec,
             constraints,
             strategy=self.job.strategy,
             previous=self.job.plan,

@@ -19,7 +19,7 @@ class Assignment:
     `model` is the path of the model on this site (a folder or a .gguf file). `device` is torch's name for it ("cpu",
     "cuda:0"); `threads` bounds torch's threads. `rank` of `size` is the shard's place in its stage; rank 0 leads.
     `heads` are the query heads, None: all that use the KV heads. `requests` sequences of `context` tokens fit at once.
-    Hidden states travel between stages in `wire_dtype` (empty: in `dtype`); `code` is the lossy code of the hidden
+    What shards and stages exchange travels in `wire_dtype` (empty: in `dtype`); `code` is the lossy code of the hidden
     states that the stage sends on, `code_in` that of those it is sent; empty for none.
     """
 

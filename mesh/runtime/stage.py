@@ -66,6 +66,8 @@ class StageModel:
         self.assignment = a
         self._source = source
         self._engine = engine
+        # Shards of a stage may hold weights in different dtypes: they exchange what they compute in one.
+        self._wire = TORCH_DTYPES[a.wire_dtype or a.dtype]
         self._cache = KVCache(
             layers=a.end - a.start,
             kv_heads=a.kv_heads[1] - a.kv_heads[0],
@@ -155,7 +157,10 @@ class StageModel:
 
         def all_reduce(tensor: torch.Tensor) -> None:
             assert shared is not None
-            shared.all_reduce_(tensor, timeout_s)
+            sent = tensor.to(self._wire)
+            shared.all_reduce_(sent, timeout_s)
+            if sent is not tensor:
+                tensor.copy_(sent)
 
         found = engine.run(x, position, sequence, None if shared is None else all_reduce, logits=a.last and logits)
         sequence.filled = position + x.shape[0]
@@ -165,7 +170,7 @@ class StageModel:
             return found.new_empty(0)
         if shared is None:
             return found.float()
-        parts = shared.gather(found, 0, timeout_s)
+        parts = shared.gather(found.to(self._wire), 0, timeout_s)
         if parts is None or not a.leads:
             return found.new_empty(0)
         return torch.cat([part.to("cpu", torch.float32) for part in parts])
@@ -222,8 +227,9 @@ class StageModel:
                 raise RequestError("a shard needs to know how many positions a step has")
             x = torch.empty((n, engine.hidden), dtype=TORCH_DTYPES[a.dtype], device=a.device)
         if group is not None:
-            x = x.contiguous()
-            group.broadcast_(x, 0, timeout_s)
+            sent = x.to(self._wire).contiguous()
+            group.broadcast_(sent, 0, timeout_s)
+            x = sent.to(x.dtype)
         return x
 
 
