@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 from mesh.gossip.absent import Known
 from mesh.gossip.codec import Codec, pack_message, pack_sender
@@ -24,27 +24,14 @@ from mesh.gossip.config import GossipConfig
 from mesh.gossip.coordinates import Coordinate
 from mesh.gossip.distances import COORDINATES, LINKS, Distances, reaches
 from mesh.gossip.entries import Entries, Members
+from mesh.gossip.inbox import Inbox
 from mesh.gossip.links import LinkReport
-from mesh.gossip.members import ALIVE, LEFT, Claim, Member, Reach
-from mesh.gossip.messages import (
-    Ack,
-    Buckets,
-    Digest,
-    Message,
-    Nack,
-    Page,
-    Ping,
-    PingRequest,
-    Rumour,
-    Sender,
-    Summary,
-    Taken,
-    Want,
-)
+from mesh.gossip.members import Claim, Member, Reach
+from mesh.gossip.messages import Ack, Message, Sender
 from mesh.gossip.post import Datagram, Post, StreamRequest
 from mesh.gossip.proof import Proofs, Prover, Unproven
 from mesh.gossip.rtt import Rtt
-from mesh.gossip.sealing import Forged, Malformed, Sealer, Stale
+from mesh.gossip.sealing import Forged, Malformed, Sealer
 from mesh.gossip.state import State
 from mesh.gossip.swim import Swim
 from mesh.gossip.timers import Timer, Timers
@@ -109,8 +96,6 @@ class GossipCore:
             fanout=self._t.fanout,
             gap_s=self._t.sync_gap_s,
         )
-        self._touches = 0
-        self._pulled_s = -math.inf
         self._events: list[Event] = []
         self._flush: Timer | None = None
         self._flushed_s = -math.inf
@@ -130,6 +115,15 @@ class GossipCore:
             reaches=lambda helper, target: reaches(self._state.value(helper, LINKS), target),
             estimate_s=lambda site: self._distances.estimate_s(self._state.value(site, COORDINATES)),
         )
+        self._inbox = Inbox(
+            self._swim,
+            self._entries,
+            self._distances,
+            post=self._post,
+            proofs=self._proofs,
+            counters=self.counters,
+            pull_gap_s=self._t.push_pull_s,
+        )
 
     # ---------------------------------------------------------------- driving
 
@@ -146,31 +140,13 @@ class GossipCore:
             if datagram.reply is not None:
                 self._post.reply(source, datagram.reply)
             if datagram.sender is not None:
-                self._hear(datagram.sender, datagram.messages, source, now)
+                self._inbox.take(datagram.sender, datagram.messages, source, now)
         except Malformed as error:
             self.counters[error.counter] += 1
             if error.reply is not None:
                 self._post.reply(source, error.reply)
             return
         self._push_soon(now)
-
-    def _hear(self, sender: Sender, messages: list[Message], source: str, now: float, *, direct: bool = True) -> None:
-        """Take what a datagram (`direct`) or a stream held. Raises Forged for a head that its site did not sign."""
-        state = LEFT if sender.left else ALIVE
-        if not self._proofs.holds(Claim(sender.site, sender.address, state, sender.incarnation, proof=sender.proof)):
-            raise Forged(f"{sender.site} did not say so")
-        self._post.place(source, sender.site)
-        if self._swim.hear(sender, source, now, direct=direct):
-            for message in messages:
-                self._handlers[type(message)](self, sender, source, message, now)
-            if any(type(message) is Ping for message in messages) and not (sender.left or self._swim.left):
-                self._reconcile(sender, source, now)
-        else:
-            for message in messages:
-                if type(message) is Taken:
-                    self._swim.taken(sender, message, now)
-                elif type(message) is Ping and sender.site == self.site:
-                    self._swim.namesake(sender, source)
 
     def next_timer(self) -> float | None:
         """When `handle_timer` wants to be called, or None."""
@@ -223,7 +199,7 @@ class GossipCore:
             answers: list[bytes] = []
             asker = request.sender.address
             with self._post.answering(asker, answers):
-                self._hear(request.sender, request.messages, asker, now, direct=False)
+                self._inbox.take(request.sender, request.messages, asker, now, direct=False)
         except Malformed as error:
             self.counters[error.counter] += 1
             raise
@@ -243,7 +219,7 @@ class GossipCore:
             assert answer.sender is not None
             if asked.site not in ("", answer.sender.site):
                 raise Forged(f"{answer.sender.site} answers for {asked.site}")
-            self._hear(answer.sender, answer.messages, asked.address, now, direct=False)
+            self._inbox.take(answer.sender, answer.messages, asked.address, now, direct=False)
         except Malformed as error:
             self.counters[error.counter] += 1
             return
@@ -353,83 +329,10 @@ class GossipCore:
         """Which transport proved best to `site`."""
         self._distances.links.chose(site, transport)
 
-    # ---------------------------------------------------------------- messages
-
-    def _on_ping(self, sender: Sender, source: str, message: Ping, now: float) -> None:
-        self._swim.ping(sender, source, message)
-
-    def _on_ack(self, sender: Sender, source: str, message: Ack, now: float) -> None:
-        rtt_s = self._swim.ack(sender, message, now)
-        if rtt_s is not None:
-            self._distances.answered(sender.site, message.where, rtt_s, now)
-
-    def _on_nack(self, sender: Sender, source: str, message: Nack, now: float) -> None:
-        self._swim.nack(sender, message)
-
-    def _on_ping_request(self, sender: Sender, source: str, message: PingRequest, now: float) -> None:
-        self._swim.ping_request(source, message, now)
-
-    def _on_rumour(self, sender: Sender, source: str, message: Rumour, now: float) -> None:
-        if self._proofs.knows(message.claim.site):
-            self._consider(message.claim, now, news=message.news)
-        else:
-            self._entries.introduce(message.claim.site, source, now)
-
-    def _on_taken(self, sender: Sender, source: str, message: Taken, now: float) -> None:
-        self._swim.taken(sender, message, now)
-
-    def _on_buckets(self, sender: Sender, source: str, message: Buckets, now: float) -> None:
-        self._entries.on_buckets(source, message, now)
-
-    def _on_summary(self, sender: Sender, source: str, message: Summary, now: float) -> None:
-        self._entries.on_summary(source, message, now)
-
-    def _on_want(self, sender: Sender, source: str, message: Want, now: float) -> None:
-        self._entries.on_want(source, message, now)
-
-    def _on_digest(self, sender: Sender, source: str, message: Digest, now: float) -> None:
-        self._entries.on_digest(source, message, now)
-
-    def _on_page(self, sender: Sender, source: str, message: Page, now: float) -> None:
-        self._entries.take(sender, message, now)
-
-    _handlers: ClassVar[dict[type, Callable[[GossipCore, Sender, str, Any, float], None]]] = {
-        Ping: _on_ping,
-        Ack: _on_ack,
-        Nack: _on_nack,
-        PingRequest: _on_ping_request,
-        Rumour: _on_rumour,
-        Buckets: _on_buckets,
-        Summary: _on_summary,
-        Want: _on_want,
-        Digest: _on_digest,
-        Page: _on_page,
-        Taken: _on_taken,
-    }
-
-    def _consider(self, claim: Claim, now: float, *, news: bool) -> None:
-        """Let membership weigh a claim, if its subject once said what it rests on."""
-        if not self._proofs.holds(claim):
-            self.counters[Forged.counter] += 1
-            return
-        held = self._swim.peers.get(claim.site)
-        if held is not None and claim.incarnation < held.incarnation:
-            self.counters[Stale.counter] += 1
-        touches = self._touches
-        self._post.place(claim.address, claim.site)
-        if news:
-            self._swim.consider(claim, now)
-        else:
-            self._swim.learn(claim, now)
-        self._entries.welcome(claim.site, now)
-        if self._touches != touches:
-            self._entries.learnt()
-
     # ---------------------------------------------------------------- anti-entropy
 
     def _touched(self, site: str) -> None:
         """Who lives at which incarnation, or what a site's versions are, has changed."""
-        self._touches += 1
         self._entries.touched(site)
 
     def _claim(self, site: str) -> Claim | None:
@@ -438,14 +341,6 @@ class GossipCore:
             return self._swim.own_claim()
         peer = self._swim.peers.get(site)
         return None if peer is None else peer.claim()
-
-    def _reconcile(self, sender: Sender, source: str, now: float) -> None:
-        """Start an exchange with somebody who knows something else, unless we just had one."""
-        if self._swim.silent or now - self._pulled_s < self._t.push_pull_s:
-            return
-        if sender.fingerprint != self._entries.print() and self._entries.reconcile(sender, source, now):
-            self._pulled_s = now
-            self.counters["syncs"] += 1
 
     # ---------------------------------------------------------------- spreading news
 
@@ -494,6 +389,11 @@ class GossipCore:
     def _publish_distances(self, now: float) -> None:
         """Tell the mesh what we measure and where we are, when it has changed enough to matter."""
         self._timers.at(now + self._distances.look_gap_s(self._others(), self._t.links_s), self._publish_distances)
-        for key, value in self._distances.news(self._swim.live(), now):
+        for key, value in self._distances.news(self._swim.live(), now, self._silent):
             if self._entries.publish(key, value, urgent=False):
                 self._emit("updated", self.site, key)
+
+    def _silent(self, key: str) -> int:
+        """Live sites that have not published anything under `key`, ourselves included."""
+        own = key not in self._state.owner(self.site).entries
+        return own + sum(key not in self._state.owner(peer.site).entries for peer in self._swim.live())

@@ -6,7 +6,7 @@ also published, now and then, so that everybody can estimate every pair.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from mesh.gossip.config import Randomness
@@ -80,18 +80,24 @@ class Distances:
         usual_s = others / LOOKED_A_SECOND
         return least_s if usual_s <= least_s else max(least_s, usual_s * (0.5 + self._rng.random()))
 
-    def news(self, live: list[Peer], now: float) -> Iterator[tuple[str, dict[str, Any]]]:
-        """What has changed enough to be published: key and value."""
-        links = self.links.changed(self.reports(live, now), now)
+    def news(
+        self, live: list[Peer], now: float, fellows: Callable[[str], int] | None = None
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """What has changed enough to be published: key and value. `fellows(key)`: sites that have not published any."""
+        waiting = fellows(LINKS) if fellows is not None and self.links.untold else None
+        links = self.links.changed(self.reports(live, now), now, waiting)
         if links is not None:
             yield LINKS, links
         if (
             self.coordinates.probes >= min(FIRST_PROBES, len(live)) > 0
             and (self._told is None or self.coordinates.moved(self._told, MOVED_SHARE, MOVED_S))
-            and self._pace.pay(COORDINATE_BYTES, len(live) + 1, now)
+            and self._pace.pay(COORDINATE_BYTES, len(live) + 1, now, fellows=self._waiting(fellows))
         ):
             self._told = self.coordinates.own()
             yield COORDINATES, {"at": self._told.pack()}
+
+    def _waiting(self, fellows: Callable[[str], int] | None) -> int | None:
+        return fellows(COORDINATES) if fellows is not None and self._told is None else None
 
 
 def read_coordinate(value: object) -> Coordinate | None:

@@ -58,6 +58,7 @@ class Entries:
         self._counters = counters
         self._emit = emit
         self.state = state
+        self.changes = 0
         self.spread = Spread(fanout, state.pages)
         self._prints = Fingerprints()
         self._dirty: dict[str, None] = {state.site: None}
@@ -152,6 +153,7 @@ class Entries:
 
     def touched(self, site: str) -> None:
         """Who lives at which incarnation, or what a site's versions are, has changed."""
+        self.changes += 1
         self._dirty[site] = None
 
     def learnt(self) -> None:

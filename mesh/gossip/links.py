@@ -34,8 +34,8 @@ NOISE_S: Final = 0.5e-3
 #: mesh may spend 2 KB/s, of which the probes of 490 sites take 0.3; coordinates have a budget of their own.
 BUDGET_BYTES_S, BURST_BYTES = 300.0, 400_000
 #: Above `WHOLE_MATRIX` sites nothing is spent at once: sites that start together publish first within this long each,
-#: 1.6 minutes in all for 490.
-FIRST_EACH_S: Final = 0.2
+#: 12 minutes in all for 490, which then cost each 0.7 KB/s all in all. Who joins a mesh that has spoken does not wait.
+FIRST_EACH_S: Final = 1.5
 #: How many documents a broken path may borrow.
 DEBT: Final = 3
 #: What an entry costs on the wire beside its value: names, version, proof, and its share of anti-entropy. Measured on
@@ -189,12 +189,16 @@ class Pace:
         self._since_s: float | None = None
         self._first_s = -math.inf
 
-    def pay(self, size_bytes: int, sites: int, now: float, *, urgent: bool = False) -> bool:
-        """Pay for a document that `sites` sites publish alike, if the purse allows it; what is urgent may borrow."""
+    def pay(self, size_bytes: int, sites: int, now: float, *, urgent: bool = False, fellows: int | None = None) -> bool:
+        """Pay for a document that `sites` sites publish alike, if the purse allows it; what is urgent may borrow.
+
+        `fellows`: how many of them have not published any yet, all as far as is known. They take turns.
+        """
         large = sites > WHOLE_MATRIX
         holds = size_bytes if large else max(size_bytes, BURST_BYTES / max(1, sites))
         if self._since_s is None:
-            self._first_s = now + self._begins * FIRST_EACH_S * sites if large else now
+            waiting = sites if fellows is None else fellows
+            self._first_s = now + self._begins * FIRST_EACH_S * waiting if large else now
         else:
             earned = max(0.0, now - self._since_s) * self._budget_bytes_s / max(1, sites)
             self._spent = max(0.0, self._spent - earned)
@@ -282,8 +286,18 @@ class Links:
         """A site is gone."""
         self._transfers.pop(site, None)
 
-    def changed(self, reports: Mapping[str, LinkReport], now: float) -> dict[str, Any] | None:
-        """The document to publish, or None if the last one still holds, or another would cost too much now."""
+    @property
+    def untold(self) -> bool:
+        """Whether nothing was published yet."""
+        return self._published is None
+
+    def changed(
+        self, reports: Mapping[str, LinkReport], now: float, fellows: int | None = None
+    ) -> dict[str, Any] | None:
+        """The document to publish, or None if the last one still holds, or another would cost too much now.
+
+        `fellows`: sites that have not published any yet, None where that is not known.
+        """
         chosen = self._chosen(reports)
         old = self._published
         # In a large mesh the first word waits until there is a nearest to choose.
@@ -294,7 +308,7 @@ class Links:
             return None
         document = {site: report.row() for site, report in sorted(chosen.items())}
         size_bytes = len(msgpack.packb(document)) + OVERHEAD_BYTES
-        if not self._pace.pay(size_bytes, len(reports) + 1, now, urgent=urgent):
+        if not self._pace.pay(size_bytes, len(reports) + 1, now, urgent=urgent, fellows=fellows):
             return None
         self._published = chosen
         return document
