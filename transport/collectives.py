@@ -1,13 +1,17 @@
 """Collectives of the ranks of one stage, over one channel to each other rank.
 
-The all-reduce is one-shot: every rank sends its tensor to every other and sums all of them in the order of the ranks,
-so all ranks hold the same bits, whatever arrived first. For the sizes of a decode step (2 to 64 KiB) the latency of one
-exchange is all that counts; a ring would pay it 2(n-1) times. From `SCATTER_BYTES` on, with more than two ranks, every
-rank sums one slice and sends it round (reduce-scatter, then all-gather), which moves 2(n-1)/n tensors instead of n-1;
-the order of the sum, and so the bits, stay the same.
+An all-reduce adds in the order of the ranks, ((r0 + r1) + r2) + r3, whichever way the tensors travel, so that all ranks
+hold the same bits, in every run. Tensors of bfloat16 and float16 are summed in float32 and rounded once.
 
-Tensors of bfloat16 and float16 are summed in float32 and rounded once. Nothing waits for its sends before it receives,
-so two ranks that both send a long tensor do not deadlock.
+    one-shot    every rank sends its tensor to every other; each adds. One latency: a decode step's 2 to 64 KiB.
+    scatter     each rank adds one slice of the tensor and sends it round (reduce-scatter, then all-gather)
+    tree        a binomial tree collects the tensors at rank 0, which adds, and gives the sum out: few messages a rank
+    ring        pieces go round from rank 0, growing by each rank, and the sums go round after them: one neighbour
+    hierarchy   near ranks give theirs to the first of their island, a sum goes from island to island, and back
+
+`collective_choice` picks by size and costs; `measure` replaces the assumed costs by measured ones. Nothing waits for
+its sends before it receives, so two ranks that both send a long tensor do not deadlock. A rank that fails tells all
+others, so that each of them raises at once and not at its deadline.
 """
 
 from __future__ import annotations
@@ -15,79 +19,96 @@ from __future__ import annotations
 import functools
 import struct
 import time
-import zlib
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
-from transport.base import ChannelBroken, DeadlineExceeded, Fabric, Ticket
+from transport.base import ChannelBroken, DeadlineExceeded, Fabric, Ticket, TransportError
 from transport.channel import Channel
+from transport.collective_choice import HIERARCHY, ONE_SHOT, PIECE_BYTES, RING, SCATTER, TREE, Costs, choose
 from transport.frames import FIRST_LANE_KIND
+from transport.tensors import add_in_order, as_bytes, as_tensor, dtype_code, host, wide
 from transport.waiting import wait_any
 
 if TYPE_CHECKING:
     import torch
 
-#: The lane of collectives: see `transport.channel`.
+Result = TypeVar("Result")
+
+#: The lanes of collectives, and of ranks that give up: see `transport.channel`.
 COLLECTIVE = FIRST_LANE_KIND
+FAILED = FIRST_LANE_KIND + 1
 
-#: From here on more than two ranks share the summing.
-SCATTER_BYTES = 256 * 1024
+#: Number of the operation, which, of which dtype, and which part of it this message is; filled up to 16 bytes, so that
+#: what follows is aligned.
+_META = struct.Struct("<IBBxxIxxxx")
+_REDUCE, _TREE, _RING, _ISLANDS, _SCATTERED, _SHARED, _BROADCAST, _GATHER, _ALL_GATHER, _SCATTER, _COSTS = range(1, 12)
+_SUM = 1 << 31  # the part of a message that carries a finished sum
 
-_META = struct.Struct("<IBB")
-_REDUCE, _SCATTER, _SHARE, _BROADCAST, _GATHER = range(1, 6)
+#: Rounds of `measure`, and the bytes of its long messages.
+_ROUNDS = 20
+_LONG_BYTES = 1 << 20
 
 
 class Group:
     """The ranks 0 to size-1 of a group, seen from `rank`. All of them call the same operations in the same order.
 
-    channels: one for each other rank. A rank that calls something else, or a tensor of another size or dtype, is found
-    out and breaks the group: every operation raises ChannelBroken (also when a rank is lost), ChannelClosed, or
-    DeadlineExceeded, and the group is then of no more use.
+    channels: one for each other rank. island: how many consecutive ranks are near each other, 0 where all are alike.
+    A rank that calls something else, or a tensor of another size or dtype, is found out and breaks the group: every
+    operation raises ChannelBroken (also when a rank is lost), ChannelClosed, or DeadlineExceeded, and the group is then
+    of no more use.
     """
 
-    def __init__(self, rank: int, size: int, channels: Mapping[int, Channel]) -> None:
+    def __init__(self, rank: int, size: int, channels: Mapping[int, Channel], *, island: int = 0) -> None:
         if not 0 <= rank < size:
             raise ValueError(f"rank {rank} of {size}")
         if set(channels) != set(range(size)) - {rank}:
             raise ValueError(f"rank {rank} of {size} needs a channel to each other rank, got {sorted(channels)}")
         self.rank = rank
         self.size = size
+        self.costs = Costs()
+        self._island = island
         self._channels = dict(channels)
         self._others = sorted(channels)
         self._fabrics: list[Fabric] = list({id(c.fabric): c.fabric for c in channels.values()}.values())
+        self._spin_s: float = getattr(self._fabrics[0], "spin_s", 0.0) if self._fabrics else 0.0
         self._sequence = 0
+        self._operation = 0
+        self._dtype = 0
+        self._deadline = 0.0
+        self._tickets: list[Ticket] = []
+        self._chosen: dict[int, str] = {}
 
-    def all_reduce_(self, tensor: torch.Tensor, timeout_s: float) -> torch.Tensor:
-        """Replace `tensor` by its sum over all ranks, the same bits on each. Any shape, dtype and device."""
+    # -- operations
+
+    def all_reduce_(self, tensor: torch.Tensor, timeout_s: float, *, algorithm: str | None = None) -> torch.Tensor:
+        """Replace `tensor` by its sum over all ranks, the same bits on each. Any shape, dtype and device.
+
+        algorithm: one of those above, the same at every rank; None chooses.
+        """
         if self.size == 1:
             return tensor
-        import torch
-
-        deadline = time.monotonic() + timeout_s
-        host = _host(tensor)
-        if self.size > 2 and host.numel() * host.element_size() >= SCATTER_BYTES:
-            result = self._reduce_scattered(host, deadline)
-        else:
-            arrived = self._exchange(_REDUCE, tensor.dtype, dict.fromkeys(self._others, host), self._others, deadline)
-            parts = [_tensor(arrived[rank], host) if rank != self.rank else host for rank in range(self.size)]
-            if len(parts) == 2 and host.data_ptr() == tensor.data_ptr():
-                torch.add(parts[0], parts[1], out=host)
-                return tensor
-            result = _sum(parts)
-        tensor.copy_(result.view(tensor.shape))
+        flat = host(tensor)
+        nbytes = flat.numel() * flat.element_size()
+        if algorithm is None:
+            algorithm = self._chosen.get(nbytes)
+            if algorithm is None:
+                if len(self._chosen) > 1000:
+                    self._chosen.clear()
+                algorithm = self._chosen[nbytes] = choose(nbytes, self.size, self.costs, self._island)
+        operation, work = _ALGORITHMS[algorithm]
+        self._run(operation, flat.dtype, timeout_s, lambda: work(self, flat))
+        if flat.data_ptr() != tensor.data_ptr():
+            tensor.copy_(flat.view(tensor.shape))
         return tensor
 
     def broadcast_(self, tensor: torch.Tensor, root: int, timeout_s: float) -> torch.Tensor:
         """Replace `tensor` by the root's; shape and dtype must be the same on all ranks."""
         if self.size == 1:
             return tensor
-        deadline = time.monotonic() + timeout_s
-        host = _host(tensor)
-        if self.rank == root:
-            self._exchange(_BROADCAST, tensor.dtype, dict.fromkeys(self._others, host), (), deadline)
-            return tensor
-        data = self._exchange(_BROADCAST, tensor.dtype, {}, (root,), deadline)[root]
-        tensor.copy_(_tensor(data, host).view(tensor.shape))
+        flat = host(tensor)
+        self._run(_BROADCAST, flat.dtype, timeout_s, lambda: self._down(flat, root))
+        if self.rank != root and flat.data_ptr() != tensor.data_ptr():
+            tensor.copy_(flat.view(tensor.shape))
         return tensor
 
     def gather(self, tensor: torch.Tensor, root: int, timeout_s: float) -> list[torch.Tensor] | None:
@@ -95,128 +116,292 @@ class Group:
 
         The root's own is `tensor` flattened; the others are on the CPU. One dtype for all.
         """
-        host = _host(tensor)
-        if self.size == 1:
-            return [host]
-        deadline = time.monotonic() + timeout_s
-        if self.rank != root:
-            self._exchange(_GATHER, tensor.dtype, {root: host}, (), deadline)
-            return None
-        arrived = self._exchange(_GATHER, tensor.dtype, {}, self._others, deadline)
-        return [host if rank == root else _tensor(arrived[rank], host, any_size=True) for rank in range(self.size)]
+        flat = host(tensor)
+        found: list[torch.Tensor] | None = [flat]
+        if self.size > 1:
+            found = self._run(_GATHER, flat.dtype, timeout_s, lambda: self._gathered(flat, (root,)))
+        return found if self.rank == root else None
 
-    def _reduce_scattered(self, host: torch.Tensor, deadline: float) -> torch.Tensor:
+    def all_gather(self, tensor: torch.Tensor, timeout_s: float) -> list[torch.Tensor]:
+        """The flattened tensors of all ranks in their order, at every rank. As `gather`."""
+        flat = host(tensor)
+        if self.size == 1:
+            return [flat]
+        return self._run(_ALL_GATHER, flat.dtype, timeout_s, lambda: self._gathered(flat, range(self.size)))
+
+    def scatter(
+        self, tensors: Sequence[torch.Tensor] | None, like: torch.Tensor, root: int, timeout_s: float
+    ) -> torch.Tensor:
+        """This rank's of the root's `tensors` (one a rank, sizes may differ; None elsewhere), flat.
+
+        like: any tensor of their dtype. Raises ValueError for another number of tensors.
+        """
+        if self.rank == root and (tensors is None or len(tensors) != self.size):
+            raise ValueError(f"the root of a scatter gives {self.size} tensors")
+        if self.rank != root or tensors is None:
+            return self._run(_SCATTER, like.dtype, timeout_s, lambda: self._receive(root, like.dtype, None))
+        parts = [host(part) for part in tensors]
+
+        def give() -> torch.Tensor:
+            for rank in self._others:
+                self._send(rank, parts[rank])
+            return parts[root]
+
+        return self._run(_SCATTER, like.dtype, timeout_s, give)
+
+    def measure(self, timeout_s: float) -> Costs:
+        """Measure what messages cost between these ranks, and choose by that from here on. The same at every rank.
+
+        Rank 0 exchanges short and long messages with each other one in turn; the worst of the medians count.
+        """
         import torch
 
-        pieces = torch.tensor_split(host, self.size)
-        mine = pieces[self.rank]
-        arrived = self._exchange(
-            _SCATTER, host.dtype, {rank: pieces[rank] for rank in self._others}, self._others, deadline
-        )
-        own = _sum([mine if rank == self.rank else _tensor(arrived[rank], mine) for rank in range(self.size)])
-        arrived = self._exchange(_SHARE, host.dtype, dict.fromkeys(self._others, own), self._others, deadline)
-        return torch.cat(
-            [own if rank == self.rank else _tensor(arrived[rank], pieces[rank]) for rank in range(self.size)]
-        )
+        if self.size == 1:
+            return self.costs
+        deadline = time.monotonic() + timeout_s
+        short, long = torch.zeros(2), torch.zeros(_LONG_BYTES // 4)
+        found = [0.0, 0.0]
+        for rank in range(1, self.size):
+            for index, tensor in enumerate((short, long)):
+                times = []
+                for _ in range(_ROUNDS if index == 0 else _ROUNDS // 4):
+                    began = time.perf_counter()
+                    self._run(
+                        _COSTS, tensor.dtype, deadline - time.monotonic(), functools.partial(self._ping, tensor, rank)
+                    )
+                    times.append((time.perf_counter() - began) / 2)
+                found[index] = max(found[index], sorted(times)[len(times) // 2])
+        agreed = torch.tensor(found, dtype=torch.float64)
+        self.broadcast_(agreed, 0, max(0.001, deadline - time.monotonic()))
+        one_way_s, long_s = agreed.tolist()
+        work_s = min(Costs().work_s, one_way_s / 4)
+        self.costs = Costs(max(one_way_s - 2 * work_s, 1e-9), work_s, max(long_s - one_way_s, 1e-9) / _LONG_BYTES)
+        self._chosen.clear()
+        return self.costs
 
-    def _exchange(
-        self,
-        operation: int,
-        dtype: torch.dtype,
-        outgoing: Mapping[int, torch.Tensor],
-        incoming: Sequence[int],
-        deadline: float,
-    ) -> dict[int, memoryview]:
-        """Send each tensor to its rank and collect one payload from each of `incoming`; then all buffers are free."""
-        meta = _META.pack(self._sequence, operation, _dtype_code(dtype))
+    # -- algorithms of the all-reduce: each replaces `flat` by the sum
+
+    def _one_shot(self, flat: torch.Tensor) -> None:
+        view = as_bytes(flat)
+        meta = self._meta(0)
+        for rank in self._others:
+            self._send_bytes(rank, meta, view)
+        parts = [
+            flat if rank == self.rank else self._receive(rank, flat.dtype, flat.numel()) for rank in range(self.size)
+        ]
+        self._sent()  # `flat` is still on its way until then
+        add_in_order(parts, flat)
+
+    def _scattered(self, flat: torch.Tensor) -> None:
+        import torch
+
+        pieces = torch.tensor_split(flat, self.size)
+        own = pieces[self.rank]
+        for rank in self._others:
+            self._send(rank, pieces[rank])
+        add_in_order(
+            [own if rank == self.rank else self._receive(rank, own.dtype, own.numel()) for rank in range(self.size)],
+            own,
+        )
+        meta, view = self._meta(_SUM), as_bytes(own)
+        for rank in self._others:
+            self._send_bytes(rank, meta, view)
+        self._sent()  # the other pieces are still on their way, and are about to be replaced
+        for rank in self._others:
+            pieces[rank].copy_(self._receive(rank, own.dtype, pieces[rank].numel(), _SUM))
+
+    def _tree(self, flat: torch.Tensor) -> None:
+        import torch
+
+        parts = [flat]  # of the ranks from this one on
+        step = 1
+        while step < self.size:
+            if self.rank % (2 * step):
+                self._send(self.rank - step, torch.cat(parts) if len(parts) > 1 else flat)
+                break
+            if self.rank + step < self.size:
+                count = min(step, self.size - self.rank - step)
+                parts += (
+                    self._receive(self.rank + step, flat.dtype, count * flat.numel()).view(count, flat.numel()).unbind()
+                )
+            step *= 2
+        self._sent()
+        if self.rank == 0:
+            add_in_order(parts, flat)
+        self._down(flat, 0)
+
+    def _ring(self, flat: torch.Tensor) -> None:
+        carried = wide(flat.dtype)
+        step = max(1, PIECE_BYTES // flat.element_size())
+        pieces = [flat[at : at + step] for at in range(0, max(1, flat.numel()), step)]
+        after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        last = self.size - 1
+        for index, piece in enumerate(pieces):
+            if self.rank == 0:
+                self._send(after, piece.to(carried), index)
+        # The neighbour before sends the sums so far (but not to rank 0) and the finished ones (but not to the last).
+        due = {index for index in range(len(pieces)) if self.rank > 0}
+        due |= {_SUM | index for index in range(len(pieces)) if self.rank < last}
+        while due:
+            part, data = self._take(before, due)
+            due.remove(part)
+            piece = pieces[part & ~_SUM]
+            if part & _SUM:
+                self._sent()
+                piece.copy_(as_tensor(data, flat.dtype, piece.numel()))
+                if after != last:
+                    self._send(after, piece, part)
+                continue
+            total = as_tensor(data, carried, piece.numel())
+            total.add_(piece.to(carried))
+            if self.rank < last:
+                self._send(after, total, part)
+            else:
+                piece.copy_(total)
+                self._send(after, piece, _SUM | part)
+
+    def _islands(self, flat: torch.Tensor) -> None:
+        island = self._island if 0 < self._island < self.size else self.size
+        first = self.rank - self.rank % island
+        members = range(first, min(first + island, self.size))
+        if self.rank != first:
+            self._send(first, flat)
+            self._sent()
+            flat.copy_(self._receive(first, flat.dtype, flat.numel(), _SUM))
+            return
+        parts = [flat, *(self._receive(rank, flat.dtype, flat.numel()) for rank in members[1:])]
+        carried = wide(flat.dtype)
+        if first > 0:
+            parts.insert(0, self._receive(first - island, carried, flat.numel()))
+        if first + island < self.size:
+            total = parts[0].to(carried, copy=True)
+            for part in parts[1:]:
+                total.add_(part.to(carried))
+            self._send(first + island, total)
+            flat.copy_(self._receive(first + island, flat.dtype, flat.numel(), _SUM))
+        else:
+            add_in_order(parts, flat)
+        for rank in [*([first - island] if first > 0 else []), *members[1:]]:
+            self._send(rank, flat, _SUM)
+
+    # -- the rest
+
+    def _down(self, flat: torch.Tensor, root: int) -> None:
+        """A binomial tree from `root`: what one has, half of the others get next."""
+        number = (self.rank - root) % self.size
+        step = 1
+        while step < self.size:
+            step *= 2
+        if number:
+            step = number & -number
+            flat.copy_(self._receive((number - step + root) % self.size, flat.dtype, flat.numel(), _SUM))
+        while (step := step // 2) > 0:
+            if number + step < self.size:
+                self._send((number + step + root) % self.size, flat, _SUM)
+
+    def _gathered(self, flat: torch.Tensor, roots: Iterable[int]) -> list[torch.Tensor]:
+        for root in roots:
+            if root != self.rank:
+                self._send(root, flat)
+        if self.rank not in roots:
+            return []
+        return [flat if rank == self.rank else self._receive(rank, flat.dtype, None) for rank in range(self.size)]
+
+    def _ping(self, tensor: torch.Tensor, rank: int) -> None:
+        """From rank 0 to `rank` and back."""
+        if self.rank == 0:
+            self._send(rank, tensor)
+            self._receive(rank, tensor.dtype, tensor.numel(), _SUM)
+        elif self.rank == rank:
+            self._send(0, self._receive(0, tensor.dtype, tensor.numel()), _SUM)
+
+    # -- messages
+
+    def _run(self, operation: int, dtype: torch.dtype, timeout_s: float, work: Callable[[], Result]) -> Result:
+        """One operation: at its end nothing is on its way any more, or all ranks know that it failed."""
+        self._operation = operation
+        self._dtype = dtype_code(dtype)
+        self._deadline = time.monotonic() + timeout_s
+        try:
+            result = work()
+            if self._tickets:
+                self._sent()
+        except TransportError as error:
+            self._tell(error)
+            raise
+        finally:
+            self._tickets.clear()
         self._sequence = (self._sequence + 1) & 0xFFFFFFFF
-        tickets: list[Ticket] = []
-        view: memoryview | None = None
-        last: Any = None
-        for rank, tensor in outgoing.items():
-            if tensor is not last or view is None:
-                view, last = _bytes(tensor), tensor
-            ticket = self._channels[rank].send(meta, view, kind=COLLECTIVE)
-            if not ticket.done:
-                tickets.append(ticket)
-        waiting = list(incoming)
-        arrived: dict[int, memoryview] = {}
-        while True:
-            for rank in tuple(waiting):
-                message = self._channels[rank].poll(COLLECTIVE)
-                if message is not None:
-                    if message.meta != meta:
-                        self._desynchronised(rank)
-                    arrived[rank] = message.payload
-                    waiting.remove(rank)
-            if tickets:
-                tickets = [ticket for ticket in tickets if not ticket.done]
-            if not waiting and not tickets:
-                return arrived
-            left_s = deadline - time.monotonic()
-            if left_s <= 0:
-                names = ", ".join(self._channels[rank].name for rank in waiting) or "the send"
-                raise DeadlineExceeded(f"collective {self._sequence}: still waiting for {names}")
-            if not waiting:
-                # Nobody is read from, so look after those that are sent to: their end would go unnoticed.
-                for rank in outgoing:
-                    self._channels[rank].check()
-            due = [due_s for rank in waiting if (due_s := self._channels[rank].due_s) is not None]
-            wait_any(self._fabrics, min([left_s, *due]), spin_s=getattr(self._fabrics[0], "spin_s", 0.0))
+        return result
 
-    def _desynchronised(self, rank: int) -> None:
+    def _meta(self, part: int) -> bytes:
+        return _META.pack(self._sequence, self._operation, self._dtype, part)
+
+    def _send(self, rank: int, tensor: torch.Tensor, part: int = 0) -> None:
+        self._send_bytes(rank, self._meta(part), as_bytes(tensor))
+
+    def _send_bytes(self, rank: int, meta: bytes, view: memoryview) -> None:
+        ticket = self._channels[rank].send(meta, view, kind=COLLECTIVE)
+        if not ticket.done:
+            self._tickets.append(ticket)
+
+    def _receive(self, rank: int, dtype: torch.dtype, count: int | None, part: int = 0) -> torch.Tensor:
+        return as_tensor(self._take(rank, (part,))[1], dtype, count)
+
+    def _take(self, rank: int, parts: Iterable[int]) -> tuple[int, memoryview]:
+        """The next message of `rank`, which has to be one of `parts` of this operation."""
         channel = self._channels[rank]
-        channel.abort()
-        raise ChannelBroken(f"{channel.name}: called another collective than this rank; the shards run different code")
+        while True:
+            message = channel.poll(COLLECTIVE)
+            if message is None:
+                self._wait(channel)
+                continue
+            try:
+                sequence, operation, dtype, part = _META.unpack(message.meta)
+            except struct.error:
+                sequence = operation = dtype = part = -1
+            if (sequence, operation, dtype) != (self._sequence, self._operation, self._dtype) or part not in parts:
+                channel.abort()
+                raise ChannelBroken(
+                    f"{channel.name}: called another collective than this rank; the shards run different code"
+                )
+            return part, message.payload
+
+    def _sent(self) -> None:
+        """Wait until no buffer is in use any more."""
+        while self._tickets:
+            self._tickets = [ticket for ticket in self._tickets if not ticket.done]
+            if self._tickets:
+                self._wait(None)
+
+    def _wait(self, channel: Channel | None) -> None:
+        """Until something moved. Looks after all ranks: the one that is waited for may itself wait for a lost one."""
+        left_s = self._deadline - time.monotonic()
+        if left_s <= 0:
+            raise DeadlineExceeded(
+                f"collective {self._sequence}: still waiting for {'the send' if channel is None else channel.name}"
+            )
+        for other in self._channels.values():
+            failed = other.poll(FAILED)
+            if failed is not None:
+                raise ChannelBroken(f"{other.name}: gave up: {bytes(failed.payload[:200]).decode(errors='replace')}")
+        due_s = None if channel is None else channel.due_s
+        wait_any(self._fabrics, left_s if due_s is None else min(left_s, due_s), spin_s=self._spin_s)
+
+    def _tell(self, error: TransportError) -> None:
+        """Let the other ranks know that this one gave up."""
+        for channel in self._channels.values():
+            try:
+                channel.send(b"", str(error)[:200].encode(), kind=FAILED)
+            except TransportError:
+                pass  # it knows, or is gone
 
 
-@functools.cache
-def _dtype_code(dtype: torch.dtype) -> int:
-    """A byte by which ranks notice that they disagree about the dtype; the same in every process."""
-    return zlib.crc32(str(dtype).encode()) & 0xFF
-
-
-def _host(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor flat, contiguous and on the CPU: itself where it is that already, else a copy."""
-    tensor = tensor.detach()
-    if tensor.device.type != "cpu":
-        tensor = tensor.cpu()  # waits for the device's stream: UCX is not ordered with it
-    return tensor.reshape(-1) if tensor.is_contiguous() else tensor.contiguous().reshape(-1)
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    """The memory of a flat CPU tensor. Through uint8, because numpy knows no bfloat16."""
-    import torch
-
-    return tensor.view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
-
-
-def _tensor(data: memoryview, like: torch.Tensor, *, any_size: bool = False) -> torch.Tensor:
-    """A received payload as a flat tensor of the dtype of `like`, without a copy where it can be written to."""
-    import torch
-
-    if any_size and data.nbytes % like.element_size() == 0:
-        pass
-    elif data.nbytes != like.numel() * like.element_size():
-        raise ChannelBroken(
-            f"a rank sent {data.nbytes} bytes where {like.numel() * like.element_size()} were due; "
-            "the shards run different code"
-        )
-    if not data.nbytes:
-        return torch.empty(0, dtype=like.dtype)
-    # frombuffer warns about read-only memory, and needs the element's alignment.
-    if data.readonly:
-        data = memoryview(bytearray(data))
-    return torch.frombuffer(data, dtype=like.dtype)
-
-
-def _sum(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The sum in the order given, of 16-bit floats in float32 with one rounding at the end."""
-    import torch
-
-    dtype = parts[0].dtype
-    wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-    total = torch.add(parts[0].to(wide), parts[1].to(wide))
-    for part in parts[2:]:
-        total.add_(part.to(wide))
-    return total.to(dtype)
+_ALGORITHMS: dict[str, tuple[int, Callable[[Group, torch.Tensor], None]]] = {
+    ONE_SHOT: (_REDUCE, Group._one_shot),
+    SCATTER: (_SCATTERED, Group._scattered),
+    TREE: (_TREE, Group._tree),
+    RING: (_RING, Group._ring),
+    HIERARCHY: (_ISLANDS, Group._islands),
+}
+ALGORITHMS = tuple(_ALGORITHMS)

@@ -30,14 +30,17 @@ _INFO = b"isthmus rekey v1"
 
 
 class Seal:
-    """Seals or opens in one direction, one after the other. The two ends of a direction have to do the same calls."""
+    """Seals or opens in one direction, one after the other. The two ends of a direction have to do the same calls.
 
-    def __init__(self, key: bytes, *, calls: int = REKEY_CALLS, size_bytes: int = REKEY_BYTES) -> None:
+    lane: 0 to 255, for several seals under one key: the high byte of every nonce, so that none is used twice.
+    """
+
+    def __init__(self, key: bytes, *, lane: int = 0, calls: int = REKEY_CALLS, size_bytes: int = REKEY_BYTES) -> None:
         self._key = key
         self._aead = AESGCM(key)
         self._most_calls = calls
         self._most_bytes = size_bytes
-        self._number = 0
+        self._number = lane << 24
         self._calls = self._bytes = 0
 
     def seal(self, plain: Buffer, header: bytes) -> bytes:

@@ -179,6 +179,13 @@ def test_no_two_calls_seal_alike_also_across_keys():
     assert len({near.seal(b"same", b"") for _ in range(50)}) == 50
 
 
+def test_lanes_under_one_key_never_seal_alike_and_do_not_open_each_other():
+    first, second = Seal(KEY, calls=3), Seal(KEY, calls=3, lane=1)
+    assert not {first.seal(b"same", b"") for _ in range(20)} & {second.seal(b"same", b"") for _ in range(20)}
+    with pytest.raises(InvalidTag):
+        Seal(KEY).open(memoryview(Seal(KEY, lane=1).seal(b"", b"")), b"")
+
+
 @few
 @given(st.lists(st.binary(max_size=60), min_size=2, max_size=12), st.data())
 def test_frames_corrupted_truncated_replayed_swapped_or_reflected_do_not_open(sent, data):
