@@ -1,4 +1,4 @@
-"""The trio shell around `core`: one UDP socket, one timer, and the delays that emulate distance in a drill.
+"""The trio shell around `core`: one UDP socket (`udp`), one timer, and streams that others carry.
 
 Two small tasks drive the core: one waits for the socket, one for the next deadline. Before a deadline counts,
 everything that lies in the socket is read, so that an answer which arrived while this process was busy is never
@@ -7,10 +7,7 @@ overlooked.
 
 from __future__ import annotations
 
-import errno
-import heapq
 import math
-import os
 import socket
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
@@ -19,10 +16,9 @@ from typing import Any
 
 import trio
 
-from mesh.address import join_address, split_address
-from mesh.errors import AddressInUse, ConfigError
+from mesh.errors import ConfigError
 from mesh.gossip.absent import Known
-from mesh.gossip.config import MAX_DATAGRAM_BYTES, GossipConfig, valid_address
+from mesh.gossip.config import GossipConfig, valid_address
 from mesh.gossip.coordinates import Coordinate
 from mesh.gossip.core import Event, GossipCore, StreamRequest
 from mesh.gossip.links import LinkReport
@@ -30,20 +26,12 @@ from mesh.gossip.members import Member
 from mesh.gossip.proof import Prover
 from mesh.gossip.rtt import Rtt
 from mesh.gossip.sealing import REFUSALS, Sealer
+from mesh.gossip.udp import Udp, bind, duplicate
 
 __all__ = ["Event", "Gossip", "GossipConfig", "Member", "Rtt", "SiteNameTaken", "open_gossip"]
 
 #: A reader of events that is further behind than this misses "updated" events; what it looks up is current anyway.
 EVENTS_BEHIND = 4096
-#: How long the numeric form of a host name is trusted.
-RESOLVED_S = 30.0
-#: How long a name server may take.
-RESOLVE_TIMEOUT_S = 5.0
-#: Datagrams read in a row before other tasks get their turn.
-READ_BURST = 64
-#: An alarm of epoll is whole milliseconds, rounded up. A datagram held back for an emulated distance would be half of
-#: one late at each end, so its last millisecond is spent asking the clock.
-EARLY_S = 0.001
 #: Streams of ours under way at once, and how long one may take: 256 KiB over a slow path.
 STREAMS_AT_ONCE = 8
 STREAM_TIMEOUT_S = 10.0
@@ -59,24 +47,17 @@ class SiteNameTaken(ConfigError):
 class Gossip:
     """A running gossip peer; see `open_gossip`. Use from trio's thread only."""
 
-    def __init__(self, config: GossipConfig, sock: socket.socket, core: GossipCore, exchange: Exchange | None) -> None:
+    def __init__(self, config: GossipConfig, udp: Udp, core: GossipCore, exchange: Exchange | None) -> None:
         """Made by `open_gossip`."""
         self._core = core
         self._exchange = exchange
         self._streams = trio.CapacityLimiter(STREAMS_AT_ONCE)
         self._clock = config.clock or trio.current_time
-        self._sock = sock
-        self._family = sock.family
-        self._delays = dict(config.delays)
-        self._cut = config.cut
-        self._delayed: list[tuple[float, int, str, bytes]] = []
-        self._resolved: dict[str, tuple[float, tuple[Any, ...]]] = {}
-        self._resolving: set[str] = set()
+        self._udp = udp
         self._sleep = trio.CancelScope()
         self._subscribers: dict[trio.MemorySendChannel[Event], trio.MemoryReceiveChannel[Event]] = {}
         self._changed = trio.Event()
         self._nursery: trio.Nursery | None = None
-        self._count = 0
         self._errors: Counter[str] = Counter()
 
     # ---------------------------------------------------------------- asking
@@ -135,6 +116,7 @@ class Gossip:
         counted = Counter(dict.fromkeys(REFUSALS, 0))
         counted.update(self._core.counters)
         counted.update(self._errors)
+        counted.update(self._udp.errors)
         return counted
 
     @property
@@ -230,6 +212,7 @@ class Gossip:
     async def _run(self, task_status: trio.TaskStatus[None]) -> None:
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
+            self._udp.run_in(nursery)
             self._core.start(self._clock())
             nursery.start_soon(self._read)
             nursery.start_soon(self._keep_time)
@@ -238,7 +221,7 @@ class Gossip:
 
     async def _read(self) -> None:
         while True:
-            await trio.lowlevel.wait_readable(self._sock)
+            await self._udp.readable()
             self._receive_waiting()
             self._pump()
 
@@ -246,9 +229,7 @@ class Gossip:
         while True:
             with trio.CancelScope(deadline=self._deadline()) as self._sleep:
                 await trio.sleep_forever()
-            while self._delayed and self._delayed[0][0] <= self._clock() + EARLY_S:
-                self._send_delayed()
-                await trio.lowlevel.checkpoint()
+            await self._udp.send_held()
             due = self._core.next_timer()
             if due is not None and due <= self._clock():
                 self._receive_waiting()
@@ -257,30 +238,13 @@ class Gossip:
             await trio.lowlevel.checkpoint()
 
     def _receive_waiting(self) -> None:
-        for _ in range(READ_BURST):
-            try:
-                data, source = self._sock.recvfrom(MAX_DATAGRAM_BYTES + 1)
-            except (BlockingIOError, InterruptedError):
-                return
-            except OSError:  # the kernel reports an earlier datagram of ours as undeliverable; probes notice that too
-                self._errors["send_errors"] += 1
-                continue
-            address = join_address(source[0], source[1])
-            if address not in self._cut:
-                self._core.receive(data, address, self._clock())
+        for data, source in self._udp.received():
+            self._core.receive(data, source, self._clock())
 
     def _pump(self) -> None:
         """After the core was called: send, report, and set the alarm."""
-        now = self._clock()
-        for address, data in self._core.datagrams(now):
-            delay_s = self._delays.get(address, 0.0)
-            if address in self._cut:
-                continue
-            if delay_s > 0.0:
-                self._count += 1
-                heapq.heappush(self._delayed, (now + delay_s, self._count, address, data))
-            else:
-                self._send(address, data)
+        for address, data in self._core.datagrams(self._clock()):
+            self._udp.send(address, data)
         for request in self._core.streams():
             if self._nursery is not None:
                 self._nursery.start_soon(self._stream, request)
@@ -297,16 +261,9 @@ class Gossip:
 
     def _deadline(self) -> float:
         """When there is something to do, in trio's time."""
-        due = self._core.next_timer()
-        if self._delayed and (due is None or self._delayed[0][0] - EARLY_S < due):
-            due = self._delayed[0][0] - EARLY_S
-        return math.inf if due is None else trio.current_time() + max(0.0, due - self._clock())
-
-    def _send_delayed(self) -> None:
-        now = self._clock()
-        while self._delayed and self._delayed[0][0] <= now:
-            _, _, address, data = heapq.heappop(self._delayed)
-            self._send(address, data)
+        timer_s, held_s = self._core.next_timer(), self._udp.due_s()
+        due_s = held_s if timer_s is None else min(timer_s, held_s)
+        return math.inf if due_s == math.inf else trio.current_time() + max(0.0, due_s - self._clock())
 
     async def _stream(self, request: StreamRequest) -> None:
         """Carry out one request of the core's, within its time."""
@@ -321,42 +278,6 @@ class Gossip:
         self._core.stream_answered(request.token, answer, self._clock())
         self._pump()
 
-    # ---------------------------------------------------------------- addresses
-
-    def _send(self, address: str, data: bytes) -> None:
-        known = self._resolved.get(address)
-        if known is None:
-            numeric = _numeric(address, self._family)
-            if numeric is not None:
-                known = self._resolved[address] = (math.inf, numeric)
-        if known is None or known[0] < self._clock():
-            if address not in self._resolving and self._nursery is not None:
-                self._resolving.add(address)
-                self._nursery.start_soon(self._resolve, address, data)
-            return
-        try:
-            self._sock.sendto(data, known[1])
-        except OSError:  # no route, no buffer: like a datagram lost on the way
-            self._errors["send_errors"] += 1
-
-    async def _resolve(self, address: str, data: bytes) -> None:
-        """Look a host name up beside everything else, then send what waited for it."""
-        host, port = split_address(address)
-        found = None
-        try:
-            with trio.move_on_after(RESOLVE_TIMEOUT_S):
-                found = await trio.socket.getaddrinfo(host, port, family=self._family, type=socket.SOCK_DGRAM)
-        except OSError:
-            pass
-        self._resolving.discard(address)
-        if not found:
-            self._errors["unresolved"] += 1
-            return
-        if len(self._resolved) > 4096:
-            self._resolved.clear()
-        self._resolved[address] = (self._clock() + RESOLVED_S, found[0][4])
-        self._send(address, data)
-
     def _check_name(self) -> None:
         if self._core.taken_by is not None:
             raise SiteNameTaken(
@@ -367,7 +288,7 @@ class Gossip:
         for send in list(self._subscribers):
             send.close()
         self._subscribers.clear()
-        self._sock.close()
+        self._udp.close()
 
 
 @asynccontextmanager
@@ -389,11 +310,10 @@ async def open_gossip(
     Leaving the block is a crash as far as the others are concerned; call `leave` first to say farewell.
     Raises AddressInUse if the port is taken, ConfigError if the address cannot be listened on.
     """
-    own = _bind(config.address) if sock is None else socket.socket(fileno=os.dup(sock.fileno()))
-    own.setblocking(False)
-    name = own.getsockname()
-    core = GossipCore(config, join_address(name[0], name[1]), sealer, prover, streaming=exchange is not None)
-    gossip = Gossip(config, own, core, exchange)
+    own = bind(config.address) if sock is None else duplicate(sock)
+    udp = Udp(own, config.clock or trio.current_time, delays=config.delays, cut=config.cut)
+    core = GossipCore(config, udp.address, sealer, prover, streaming=exchange is not None)
+    gossip = Gossip(config, udp, core, exchange)
     raised: BaseException | None = None
     try:
         async with trio.open_nursery() as nursery:
@@ -411,32 +331,3 @@ async def open_gossip(
         raise
     finally:
         gossip._close()
-
-
-def _bind(address: str) -> socket.socket:
-    host, port = split_address(address)
-    try:
-        family, kind, protocol, _, place = socket.getaddrinfo(
-            host, port, type=socket.SOCK_DGRAM, flags=socket.AI_PASSIVE
-        )[0]
-        own = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ConfigError(f"listen {address}: {error.strerror or error}") from None
-    try:
-        own.bind(place)
-    except OSError as error:
-        own.close()
-        if error.errno == errno.EADDRINUSE:
-            raise AddressInUse(f"{address}/udp is taken: stop the other peer or choose another --listen") from None
-        raise ConfigError(f"listen {address}: {error.strerror or error}") from None
-    return own
-
-
-def _numeric(address: str, family: int) -> tuple[Any, ...] | None:
-    """The socket address of a numeric "host:port" of this family, or None."""
-    host, port = split_address(address)
-    try:
-        socket.inet_pton(family, host)
-    except OSError:
-        return None
-    return (host, port)
