@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from transport.base import Fabric, FrameError, Listener, Pipe, TransportError
 from transport.channel import Channel, Clock, Entropy
-from transport.frames import FrameReader, FrameWriter
 from transport.handshake import RANDOM_BYTES, Hello, answer_hello, read_hello
 
 #: How long a pipe may wait for its hello to be expected: the two ends of a channel are told of it by different
@@ -102,7 +101,7 @@ class Acceptor:
         return Channel(
             self.fabric,
             pipe,
-            (FrameWriter(keys.acceptor), FrameReader(keys.connector)),
+            (keys.acceptor, keys.connector),
             name=expected.name,
             delay_s=expected.delay_s,
             silence_s=expected.silence_s,

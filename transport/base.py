@@ -58,6 +58,27 @@ class Ticket(Protocol):
         ...
 
 
+class Source(Protocol):
+    """Where the pieces of one bulk message come from: see `transport.bulk`."""
+
+    @property
+    def left_bytes(self) -> int:
+        """Bytes not pulled yet."""
+        ...
+
+    def pull(self, most_bytes: int) -> Sequence[Buffer] | None:
+        """The next piece, of `most_bytes` of payload at most, as a message in parts, or None after the last."""
+        ...
+
+    def sent(self, ticket: Ticket) -> None:
+        """The ticket of the piece pulled last: its buffers stay as they are until that is done."""
+        ...
+
+    def cancel(self) -> None:
+        """The pipe has ended: nothing is pulled any more and no buffer is in use."""
+        ...
+
+
 class Pipe(Protocol):
     """An established, reliable, ordered, message-preserving link to one process."""
 
@@ -68,8 +89,18 @@ class Pipe(Protocol):
         """
         ...
 
-    def take(self) -> memoryview | None:
+    def send_bulk(self, source: Source) -> None:
+        """Queue a message that may wait, by its source: pieces are pulled when there is room, behind what `send` got.
+
+        Pieces arrive in order among themselves, and in no order with other messages. Raises as `send`.
+        """
+        ...
+
+    def take(self, bulk: bool = True) -> memoryview | None:
         """The next whole message that arrived, or None.
+
+        bulk: False where pieces of bulk must not be taken now, by a backend that can tell: they then wait, and the
+        sender with them.
 
         Raises ChannelClosed or ChannelBroken once the pipe has ended and what arrived before is taken.
         """
@@ -85,6 +116,16 @@ class Pipe(Protocol):
     @property
     def pending_bytes(self) -> int:
         """Bytes accepted by `send` that have not left yet; what back-pressure is decided on."""
+        ...
+
+    @property
+    def bulk_pending_bytes(self) -> int:
+        """The same of bulk."""
+        ...
+
+    @property
+    def least_rtt_s(self) -> float | None:
+        """The least round trip ever seen, in seconds, or None where the backend does not know."""
         ...
 
     def close(self) -> None:

@@ -3,6 +3,9 @@
 The step loop of a worker drives it synchronously. Nothing here blocks except `receive`, and that spins first: see
 `transport.waiting`. Kinds below 128 are ordinary messages; kinds 128 to 199 are lanes, given only to who asks for the
 kind, so that a collective and an activation on one channel do not steal each other's messages.
+
+Messages are of two priorities. What is sent as bulk (weights, copies of a KV cache) is taken apart, sealed piece by
+piece as the pipe has room, and overtaken by everything else. Order holds within a priority, not between the two.
 """
 
 from __future__ import annotations
@@ -24,24 +27,35 @@ from transport.base import (
     Ticket,
     TransportError,
 )
+from transport.deadlines import allowance_s
 from transport.emulate import DelayLine
+from transport.fragments import Incoming, Outgoing
 from transport.frames import (
+    BULK_LANE,
     FIRST_INTERNAL_KIND,
     FIRST_LANE_KIND,
+    FRAGMENT,
     GOODBYE,
     HEARTBEAT,
+    Frame,
     FrameReader,
     FrameWriter,
     check_size,
+    kind_of,
 )
 from transport.handshake import RANDOM_BYTES, read_welcome, write_hello
 from transport.tickets import Held, again, flat
 
 Clock = Callable[[], int]
 Entropy = Callable[[int], bytes]
+#: What seals here and what opens here: 32 bytes each, or None in an unsealed channel.
+Keys = tuple[bytes | None, bytes | None]
 
 #: Heartbeats in one interval of tolerated silence: one may be late, one may be lost in a busy neighbour.
 _BEATS = 3
+
+#: Arrived messages that nobody asked for yet. Beyond this no bulk is taken, so that its sender waits.
+_STASH_BYTES = 64 << 20
 
 
 class Message(NamedTuple):
@@ -64,7 +78,7 @@ class Channel:
         self,
         fabric: Fabric,
         pipe: Pipe,
-        frames: tuple[FrameWriter, FrameReader] | Callable[[memoryview], tuple[FrameWriter, FrameReader]],
+        keys: Keys | Callable[[memoryview], Keys],
         *,
         name: str,
         delay_s: float = 0.0,
@@ -77,9 +91,14 @@ class Channel:
         self._pipe = pipe
         self._writer: FrameWriter | None = None
         self._reader: FrameReader | None = None
-        self._welcome = None if isinstance(frames, tuple) else frames
-        if isinstance(frames, tuple):
-            self._writer, self._reader = frames
+        self._bulk_writer: FrameWriter | None = None
+        self._bulk_reader: FrameReader | None = None
+        self._incoming = Incoming()
+        self._welcome = None if isinstance(keys, tuple) else keys
+        if isinstance(keys, tuple):
+            self._use(keys)
+        self._held_bulk: list[Outgoing] = []
+        self._stashed_bytes = 0
         self._held: deque[tuple[int, bytes, Buffer, Held]] = deque()
         self._held_bytes = 0
         self._line: DelayLine[Message] | None = DelayLine(delay_s) if delay_s > 0 else None
@@ -93,16 +112,32 @@ class Channel:
 
     # -- sending
 
-    def send(self, meta: bytes, payload: Buffer = b"", *, kind: int = 0) -> Ticket:
+    def send(self, meta: bytes, payload: Buffer = b"", *, kind: int = 0, bulk: bool = False) -> Ticket:
         """Queue one message; never blocks. `payload` must not change until the ticket is done.
 
-        kind: 0 to 199. Raises ChannelClosed, ChannelBroken, or ValueError for a message that is too long.
+        kind: 0 to 199. bulk: let everything else go first, and over a wide link over streams of its own; what has not
+        left when the channel is closed may be lost. Raises ChannelClosed, ChannelBroken, or ValueError for a message
+        that is too long.
         """
         if self._ended is not None:
             raise again(self._ended)
         if kind >= FIRST_INTERNAL_KIND:
             raise ValueError(f"kind {kind} belongs to the channel itself; use 0 to {FIRST_INTERNAL_KIND - 1}")
-        return self._send(kind, meta, payload)
+        if not bulk:
+            return self._send(kind, meta, payload)
+        source = Outgoing(self._bulk_writer, kind, meta, payload, self._clock)
+        if source.writer is None:
+            self._held_bulk.append(source)
+        else:
+            self._send_bulk(source)
+        return source
+
+    def _send_bulk(self, source: Outgoing) -> None:
+        try:
+            self._pipe.send_bulk(source)
+        except TransportError as error:
+            source.cancel()
+            raise type(error)(f"{self.name}: {error}") from None
 
     def _send(self, kind: int, meta: bytes, payload: Buffer) -> Ticket:
         if self._writer is None:
@@ -117,10 +152,19 @@ class Channel:
         except TransportError as error:
             raise type(error)(f"{self.name}: {error}") from None
 
-    def _begin(self, frames: tuple[FrameWriter, FrameReader]) -> None:
+    def _use(self, keys: Keys) -> None:
+        ours, theirs = keys
+        self._writer, self._reader = FrameWriter(ours), FrameReader(theirs)
+        self._bulk_writer, self._bulk_reader = FrameWriter(ours, BULK_LANE), FrameReader(theirs, BULK_LANE)
+
+    def _begin(self, keys: Keys) -> None:
         """The neighbour has answered: send what was held."""
-        self._writer, self._reader = frames
+        self._use(keys)
         self._welcome = None
+        held, self._held_bulk = self._held_bulk, []
+        for source in held:
+            source.writer = self._bulk_writer
+            self._send_bulk(source)
         while self._held:
             kind, meta, payload, ticket = self._held.popleft()
             ticket.sent = self._send(kind, meta, payload)
@@ -130,6 +174,16 @@ class Channel:
     def pending_bytes(self) -> int:
         """Bytes sent that have not left yet. Send less, or wait, while this grows."""
         return self._held_bytes + self._pipe.pending_bytes
+
+    @property
+    def bulk_pending_bytes(self) -> int:
+        """The same of bulk: what the link, or the other end's memory, has no room for yet."""
+        return sum(source.left_bytes for source in self._held_bulk) + self._pipe.bulk_pending_bytes
+
+    def allowance_s(self, size_bytes: int) -> float:
+        """How long a message of `size_bytes`, and what waits before it, may take before something must be wrong."""
+        waiting = self.pending_bytes + self.bulk_pending_bytes + size_bytes
+        return allowance_s(waiting, self._pipe.least_rtt_s or 0.0)
 
     @property
     def established(self) -> bool:
@@ -151,7 +205,7 @@ class Channel:
                 return None
             if message.kind == kind or (kind is None and message.kind < FIRST_LANE_KIND):
                 return message
-            self._stash.append(message)
+            self._put_aside(message)
 
     def check(self) -> None:
         """Notice the end of the channel without taking a message: what a sender that waits calls.
@@ -160,7 +214,11 @@ class Channel:
         """
         message = self._next()
         if message is not None:
-            self._stash.append(message)
+            self._put_aside(message)
+
+    def _put_aside(self, message: Message) -> None:
+        self._stash.append(message)
+        self._stashed_bytes += message.payload.nbytes
 
     def receive(self, timeout_s: float, kind: int | None = None) -> Message:
         """Wait for the next message: spin, then sleep.
@@ -207,6 +265,7 @@ class Channel:
         for index, message in enumerate(self._stash):
             if message.kind == kind or (kind is None and message.kind < FIRST_LANE_KIND):
                 del self._stash[index]
+                self._stashed_bytes -= message.payload.nbytes
                 return message
         return None
 
@@ -233,7 +292,7 @@ class Channel:
             if self._ended is not None:
                 raise again(self._ended)
             try:
-                data = self._pipe.take()
+                data = self._pipe.take(self._stashed_bytes < _STASH_BYTES)
             except TransportError as error:
                 self._ended = self._named(error)
                 continue
@@ -246,14 +305,19 @@ class Channel:
                     assert self._welcome is not None
                     self._begin(self._welcome(data))
                     continue
-                frame = self._reader.read(data)
+                frame: Frame | None
+                if kind_of(data) == FRAGMENT:
+                    assert self._bulk_reader is not None
+                    frame = self._incoming.add(self._bulk_reader.read(data))
+                else:
+                    frame = self._reader.read(data)
             except FrameError as error:
                 self._pipe.abort()
                 self._ended = ChannelBroken(f"{self.name}: {error}")
                 raise again(self._ended) from None
             if self._silence_ns is not None:
                 self._heard_ns = self._clock()
-            if frame.kind == HEARTBEAT:
+            if frame is None or frame.kind == HEARTBEAT:
                 continue
             if frame.kind == GOODBYE:
                 self._goodbye = True
@@ -308,6 +372,11 @@ class Channel:
 
     def _drop(self) -> None:
         self._stash.clear()
+        self._stashed_bytes = 0
+        self._incoming = Incoming()
+        for source in self._held_bulk:
+            source.cancel()
+        self._held_bulk.clear()
         self._held.clear()
         self._held_bytes = 0
         if self._line is not None:
@@ -354,9 +423,9 @@ def connect_channel(
     except TransportError as error:
         raise type(error)(f"{name}: {error}") from None
 
-    def welcomed(data: memoryview) -> tuple[FrameWriter, FrameReader]:
+    def welcomed(data: memoryview) -> Keys:
         keys = read_welcome(data, message, key, random)
-        return FrameWriter(keys.connector), FrameReader(keys.acceptor)
+        return keys.connector, keys.acceptor
 
     return Channel(
         fabric,

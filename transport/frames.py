@@ -13,9 +13,11 @@ import struct
 from typing import NamedTuple
 
 from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
 from transport.base import MAX_MESSAGE_BYTES, Buffer, FrameError
-from transport.seal import TAG_BYTES, Seal
+from transport.seal import KEY_BYTES, TAG_BYTES, Seal
 from transport.tickets import flat, fresh
 
 CHUNK_BYTES = 1 << 20
@@ -27,9 +29,15 @@ FIRST_INTERNAL_KIND = 200
 FIRST_LANE_KIND = 128
 HEARTBEAT = 200
 GOODBYE = 201
+FRAGMENT = 202
+
+#: The two orders of a channel: bulk is overtaken, so it counts, and is sealed, on its own.
+ORDINARY_LANE, BULK_LANE = 0, 1
+_BULK_INFO = b"isthmus bulk v1"
 
 _HEADER = struct.Struct("<HBBIQQQ")
 HEADER_BYTES = _HEADER.size
+_KIND_AT = 3
 _MAGIC = 0x4953  # "IS"
 _VERSION = 1
 _pack_header = _HEADER.pack
@@ -52,11 +60,24 @@ def check_size(meta: bytes, payload: Buffer) -> int:
     return size
 
 
+def kind_of(message: memoryview) -> int:
+    """The kind that a frame claims, before anything is checked; -1 for what is too short to be one."""
+    return message[_KIND_AT] if message.nbytes >= HEADER_BYTES else -1
+
+
+def _seal(key: bytes | None, lane: int) -> Seal | None:
+    if key is None:
+        return None
+    if lane == ORDINARY_LANE:
+        return Seal(key)
+    return Seal(HKDFExpand(algorithm=SHA256(), length=KEY_BYTES, info=_BULK_INFO).derive(key))
+
+
 class FrameWriter:
     """One direction of a channel, at the sender. `key`: 32 bytes for this direction only, or None for unsealed."""
 
-    def __init__(self, key: bytes | None) -> None:
-        self._seal = None if key is None else Seal(key)
+    def __init__(self, key: bytes | None, lane: int = ORDINARY_LANE) -> None:
+        self._seal = _seal(key, lane)
         self._sequence = 0
 
     def write(self, kind: int, meta: bytes, payload: Buffer, stamp_ns: int) -> list[Buffer]:
@@ -89,8 +110,8 @@ class FrameWriter:
 class FrameReader:
     """One direction of a channel, at the receiver."""
 
-    def __init__(self, key: bytes | None) -> None:
-        self._seal = None if key is None else Seal(key)
+    def __init__(self, key: bytes | None, lane: int = ORDINARY_LANE) -> None:
+        self._seal = _seal(key, lane)
         self._sequence = 0
         self._failed: str | None = None
 

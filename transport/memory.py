@@ -18,8 +18,10 @@ from transport.base import (
     Buffer,
     ChannelBroken,
     ChannelClosed,
+    Source,
     TransportError,
 )
+from transport.bulk import BulkQueue
 from transport.tickets import DONE, Done, again
 from transport.waiting import SPIN_S, Gate, wait_any
 
@@ -42,6 +44,7 @@ class MemoryPipe:
         self._sent_bytes = 0
         self._taken_bytes = 0
         self._ended: TransportError | None = None
+        self._bulk = BulkQueue()
         fabric._pipes.add(self)
 
     def send(self, parts: Sequence[Buffer]) -> Done:
@@ -56,8 +59,14 @@ class MemoryPipe:
         self._other._deliver(message)
         return DONE
 
-    def take(self) -> memoryview | None:
-        """The next message, or None."""
+    def send_bulk(self, source: Source) -> None:
+        """Queue a source; its pieces go when the other end has taken enough of those before."""
+        if self._ended is not None:
+            raise again(self._ended)
+        self._bulk.add(source, self)
+
+    def take(self, bulk: bool = True) -> memoryview | None:
+        """The next message, or None. There is one queue, so bulk makes no difference here."""
         if self._inbox and self._ended is None and (self._trusted or not self._given):
             message = self._inbox.popleft()
             if isinstance(message, type):
@@ -68,6 +77,8 @@ class MemoryPipe:
             else:
                 self._given += 1
                 self._taken_bytes += message.nbytes
+                if self._other is not None and self._other._bulk:
+                    self._other._fabric._notify()
                 return message
         if self._ended is not None:
             raise again(self._ended)
@@ -84,6 +95,16 @@ class MemoryPipe:
         """Bytes sent that the other end has not taken."""
         return 0 if self._other is None or self._ended is not None else self._sent_bytes - self._other._taken_bytes
 
+    @property
+    def bulk_pending_bytes(self) -> int:
+        """Bytes of bulk that wait for the other end to take."""
+        return self._bulk.pending_bytes
+
+    @property
+    def least_rtt_s(self) -> float | None:
+        """Nothing to speak of."""
+        return 0.0
+
     def close(self) -> None:
         """Say goodbye behind the messages sent so far."""
         self._finish(ChannelClosed, ChannelClosed("memory pipe: closed at this end"))
@@ -94,6 +115,7 @@ class MemoryPipe:
 
     def _finish(self, farewell: type[TransportError], ended: TransportError) -> None:
         self._fabric._pipes.discard(self)
+        self._bulk.clear()
         other, self._other = self._other, None
         if self._ended is None:
             self._ended = ended
@@ -104,6 +126,7 @@ class MemoryPipe:
     def _end(self, kind: type[TransportError]) -> None:
         said = "the other end closed" if kind is ChannelClosed else "the other end is gone"
         self._ended = kind(f"memory pipe: {said}")
+        self._bulk.clear()
         self._fabric._pipes.discard(self)
         self._other = None
 
@@ -171,6 +194,12 @@ class MemoryFabric:
     def progress(self) -> bool:
         """True if something arrived since the last call."""
         moved, self._moved = self._moved, False
+        for pipe in tuple(self._pipes):
+            if pipe._bulk and pipe._ended is None:
+                try:
+                    moved = pipe._bulk.pump(pipe) or moved
+                except TransportError:
+                    pipe._bulk.clear()  # the end is in the inbox, for whoever takes
         return moved
 
     def wait(self, timeout_s: float) -> None:

@@ -1,6 +1,7 @@
 """Pipes over TCP: one connection each, non-blocking, driven by whoever calls `progress`.
 
-On the wire a connector first sends a preface, the magic and the listener's cookie. The cookie is part of the
+On the wire a connector first sends a preface: the magic, the listener's cookie, the pipe's random name, and which of
+its connections this is (0 for the first; see `transport.tcp_streams` for the others). The cookie is part of the
 listener's address, so bytes from somebody who was not given the address never become a pipe. After it, both ways,
 records: eight bytes, of which the top one is the kind and the rest the length, then the message.
 
@@ -24,9 +25,10 @@ from transport.tcp_pipe import STAGING_BYTES, TcpPipe
 from transport.waiting import SPIN_S, Gate, wait_any
 
 _PREFIX = b"tcp1"
-_MAGIC = b"ISTHMUS1"
+_MAGIC = b"ISTHMUS2"
 _COOKIE_BYTES = 16
-_PREFACE_BYTES = len(_MAGIC) + _COOKIE_BYTES
+_NAME_BYTES = 16
+_PREFACE_BYTES = len(_MAGIC) + _COOKIE_BYTES + _NAME_BYTES + 1
 _ADDRESS = struct.Struct(f"!{_COOKIE_BYTES}sH")
 
 #: Strangers between `accept` and the end of their preface, and how long they may take.
@@ -98,14 +100,31 @@ class TcpListener:
             return True
         if len(seen) < _PREFACE_BYTES:
             return True
-        if not hmac.compare_digest(bytes(seen[len(_MAGIC) :]), self._cookie):
+        at = len(_MAGIC) + _COOKIE_BYTES
+        key, index = bytes(seen[at:-1]), seen[-1]
+        known = self._fabric._names.get(key)
+        if (
+            not hmac.compare_digest(bytes(seen[len(_MAGIC) : at]), self._cookie)
+            or (known is None) != (index == 0)
+            or (known is not None and not known._trusted)
+        ):
             self._drop(stranger)
             return True
-        name = "tcp {}:{}".format(*stranger.getpeername()[:2]) if stranger.fileno() >= 0 else "tcp"
+        try:
+            name = "tcp {}:{}".format(*stranger.getpeername()[:2])
+            _tune(stranger)
+        except OSError:  # hung up again
+            self._drop(stranger)
+            return True
         del self._strangers[stranger]
         self._fabric._gate.selector.unregister(stranger)
-        _tune(stranger)
-        self._waiting.append(TcpPipe(self._fabric, stranger, name=name, connecting=False))
+        if known is not None:
+            if not known._bundle.join(stranger):
+                stranger.close()
+            return True
+        pipe = TcpPipe(self._fabric, stranger, name=name, key=key, connecting=False)
+        self._fabric._names[key] = pipe
+        self._waiting.append(pipe)
         return True
 
     def _drop(self, stranger: socket.socket) -> None:
@@ -130,6 +149,10 @@ class TcpFabric:
         self._gate = Gate()
         self._pipes: dict[TcpPipe, None] = {}
         self._listeners: dict[TcpListener, None] = {}
+        #: Accepted pipes by the name that their connector gave them, for further connections to find them.
+        self._names: dict[bytes, TcpPipe] = {}
+        #: Pipes that have bulk to send, or streams for it.
+        self._bulky: dict[TcpPipe, None] = {}
         self._staging = memoryview(bytearray(STAGING_BYTES))
         self._expiry = 0.0
         self._closed = False
@@ -153,20 +176,23 @@ class TcpFabric:
                 raise ValueError
             cookie, port = _ADDRESS.unpack_from(address, len(_PREFIX))
             host = address[len(_PREFIX) + _ADDRESS.size :].decode("ascii")
-            sock = socket.socket(_family(host), socket.SOCK_STREAM)
+            sock = _connecting(host, port)
         except (ValueError, struct.error):
             raise AddressError(f"not a tcp address: {address[:16]!r}; give one from TcpFabric.listen") from None
-        sock.setblocking(False)
-        _tune(sock)
-        try:
-            sock.connect((host, port))
-        except BlockingIOError:
-            pass
         except OSError as error:
-            sock.close()
             raise AddressError(f"tcp {host}:{port}: {error.strerror or error}") from None
-        pipe = TcpPipe(self, sock, name=f"tcp {host}:{port}", connecting=True)
-        pipe._queue(memoryview(_MAGIC + cookie), None)
+        key = os.urandom(_NAME_BYTES)
+        preface = _MAGIC + cookie + key
+        pipe = TcpPipe(self, sock, name=f"tcp {host}:{port}", key=key, connecting=True)
+
+        def further(index: int) -> bool:
+            try:
+                return pipe._bundle.join(_connecting(host, port), preface + bytes([index]))
+            except OSError:
+                return False
+
+        pipe._further = further
+        pipe._queue(memoryview(preface + b"\0"), None)
         pipe._advance()  # inside a machine the connection stands already
         return pipe
 
@@ -179,7 +205,11 @@ class TcpFabric:
             for pipe in tuple(pipes):
                 if pipe._advance():
                     moved = True
-        if not moved:
+        if self._bulky:
+            now = time.monotonic()
+            for pipe in tuple(self._bulky):
+                pipe._bundle.tick(now)
+        if not moved or self._bulky:
             for key, _ in self._gate.selector.select(0):
                 if key.data is not None and key.data._advance():
                     moved = True
@@ -239,6 +269,21 @@ def _family(host: str) -> socket.AddressFamily:
             continue
         return family
     raise AddressError(f"{host!r} is not a numeric IP address; resolve it before")
+
+
+def _connecting(host: str, port: int) -> socket.socket:
+    """A socket that has begun to connect. Raises ValueError or AddressError for a host's name, OSError."""
+    sock = socket.socket(_family(host), socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        _tune(sock)
+        sock.connect((host, port))
+    except BlockingIOError:
+        pass
+    except OSError:
+        sock.close()
+        raise
+    return sock
 
 
 def _tune(sock: socket.socket) -> None:

@@ -1,4 +1,7 @@
-"""The pipe of the TCP backend: records over one non-blocking connection. See `transport.tcp` for the whole."""
+"""The pipe of the TCP backend: records over one non-blocking connection, and bulk beside it.
+
+See `transport.tcp` for the whole and `transport.tcp_streams` for bulk.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import socket
 import struct
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from transport.base import (
@@ -19,9 +22,12 @@ from transport.base import (
     Buffer,
     ChannelBroken,
     ChannelClosed,
+    Source,
     Ticket,
     TransportError,
 )
+from transport.tcp_info import tcp_info
+from transport.tcp_streams import BULK, MOST_RECORD_BYTES, MOST_STREAMS, Bundle, number_of
 from transport.tickets import DONE, Pending, again, flat, fresh, size_bytes
 
 if TYPE_CHECKING:
@@ -29,7 +35,8 @@ if TYPE_CHECKING:
 
 _RECORD = struct.Struct("<Q")
 _LENGTH_MASK = (1 << 56) - 1
-_DATA, _GOODBYE = 1, 2
+_DATA, _GOODBYE, _BULK, _CREDIT, _STREAMS = 1, 2, BULK, 4, 5
+_FIGURE = struct.Struct("<Q")
 
 #: Messages up to here are joined and sent by one call; above, scattered without a copy. A copy of 64 KiB costs 5 us.
 _JOIN_BYTES = 64 * 1024
@@ -46,8 +53,9 @@ CONNECT_S = 10.0
 class TcpPipe:
     """One connection. States: connecting, open, closing (goodbye said, reading on), ended."""
 
-    def __init__(self, fabric: TcpFabric, sock: socket.socket, *, name: str, connecting: bool) -> None:
+    def __init__(self, fabric: TcpFabric, sock: socket.socket, *, name: str, key: bytes, connecting: bool) -> None:
         self._fabric = fabric
+        self._key = key
         self._sock = sock
         self._name = name
         self._connect_by = time.monotonic() + CONNECT_S if connecting else None
@@ -60,8 +68,15 @@ class TcpPipe:
         self._partial = bytearray()
         self._body: memoryview | None = None
         self._filled = 0
+        self._kind = _DATA
+        self._said = 0
         self._ended: TransportError | None = None
         self._linger_by: float | None = None
+        self._farewell = False
+        self._last_piece: int | None = None
+        #: How to make a further connection to where this one leads, at the connecting end: (index) -> success.
+        self._further: Callable[[int], bool] | None = None
+        self._bundle = Bundle(self, fabric._gate.selector)
         self._events = selectors.EVENT_WRITE if connecting else selectors.EVENT_READ
         fabric._gate.selector.register(sock, self._events, self)
         fabric._pipes[self] = None
@@ -76,6 +91,7 @@ class TcpPipe:
         if length > MAX_MESSAGE_BYTES:
             raise ValueError(f"a message of {length} bytes exceeds {MAX_MESSAGE_BYTES}; send it in pieces")
         record = _RECORD.pack(_DATA << 56 | length)
+        self._said += 1
         ticket: Ticket
         if length <= _JOIN_BYTES:
             joined = b"".join((record, *parts))
@@ -106,8 +122,15 @@ class TcpPipe:
         self._watch()
         return ticket
 
-    def take(self) -> memoryview | None:
-        """The next whole message, or None."""
+    def send_bulk(self, source: Source) -> None:
+        """Queue what may wait. Raises ChannelClosed or ChannelBroken when the pipe has ended."""
+        if self._ended is not None or self._linger_by is not None:
+            raise self._ended_error()
+        self._fabric._bulky[self] = None
+        self._bundle.add(source)
+
+    def take(self, bulk: bool = True) -> memoryview | None:
+        """The next whole message, or None. bulk: also of what came as bulk, behind what is urgent."""
         if self._inbox:
             message = self._inbox.popleft()
             full = self._inbox_bytes >= _INBOX_BYTES
@@ -115,6 +138,8 @@ class TcpPipe:
             if full:
                 self._watch()
             return message
+        if bulk and (piece := self._bundle.take()) is not None:
+            return piece
         if self._ended is not None or self._linger_by is not None:
             raise self._ended_error()
         return None
@@ -129,16 +154,28 @@ class TcpPipe:
         """Bytes that the kernel has not taken yet."""
         return self._out_bytes
 
+    @property
+    def bulk_pending_bytes(self) -> int:
+        """Bytes of bulk that the kernel has not taken yet."""
+        return self._bundle.pending_bytes
+
+    @property
+    def least_rtt_s(self) -> float | None:
+        """The least round trip that the kernel saw, seconds; None where it tells none."""
+        info = None if self._ended is not None else tcp_info(self._sock)
+        return None if info is None else info.min_rtt_s
+
     def close(self) -> None:
         """Say goodbye behind what was sent and leave the rest to the fabric."""
         self._inbox.clear()
+        self._bundle.forget()
         if self._ended is not None:
             self._release()
             return
         if self._linger_by is not None:
             return
         self._linger_by = time.monotonic() + self._fabric.linger_s
-        self._queue(memoryview(_RECORD.pack(_GOODBYE << 56)), None)
+        self._say_farewell()
         if self._connect_by is None:
             self._flush()
         self._watch()
@@ -146,6 +183,7 @@ class TcpPipe:
     def abort(self) -> None:
         """Reset the connection."""
         self._inbox.clear()
+        self._bundle.forget()
         if self._ended is None:
             self._ended = ChannelBroken(f"{self._name}: aborted at this end")
             try:
@@ -153,9 +191,51 @@ class TcpPipe:
                 self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             except OSError:
                 pass  # the connection is gone already
-        self._release()
+        self._release(reset=True)
 
     # -- driven by the fabric
+
+    def _say_farewell(self) -> None:
+        """The goodbye leaves behind everything else, bulk too, and tells how much of that there was."""
+        if not self._farewell and not self._bundle.sending:
+            self._farewell = True
+            self._queue(memoryview(_RECORD.pack(_GOODBYE << 56 | _FIGURE.size)), None)
+            self._queue(memoryview(_FIGURE.pack(self._bundle.sent_pieces)), None)
+
+    def _say(self, kind: int, figure: int) -> None:
+        if self._ended is None and not self._farewell:
+            self._queue(memoryview(_RECORD.pack(kind << 56 | _FIGURE.size) + _FIGURE.pack(figure)), None)
+            if self._connect_by is None:
+                self._flush()
+            self._watch()
+
+    def _send_credit(self, limit_bytes: int) -> None:
+        self._say(_CREDIT, limit_bytes)
+
+    def _open_streams(self, count: int) -> bool:
+        """Have `count` streams for bulk: only the connecting end can make them, so the other one asks. False: later."""
+        if self._further is None:
+            self._say(_STREAMS, count)
+            return True
+        if not self._given or self._linger_by is not None:
+            return False  # the other end knows this pipe once it has answered
+        self._fabric._bulky[self] = None
+        while len(self._bundle.streams) < min(count, MOST_STREAMS):
+            if not self._further(len(self._bundle.streams) + 1):
+                return False
+        return True
+
+    def _bulk_arrived(self) -> None:
+        if self._linger_by is not None:
+            self._bundle.forget()
+        if self._last_piece is not None and self._bundle.due >= self._last_piece:
+            self._end(ChannelClosed(f"{self._name}: the other end closed"))
+
+    def _stalled(self, what: str) -> None:
+        self._end(ChannelBroken(f"{self._name}: {what}; the link or the neighbour stalls"))
+
+    def _dishonest(self, what: str) -> None:
+        self._end(ChannelBroken(f"{self._name}: the other end broke the protocol ({what})"))
 
     def _readable(self) -> bool:
         return self._connect_by is None and self._ended is None and not self._paused()
@@ -172,6 +252,12 @@ class TcpPipe:
         if self._connect_by is not None and not self._connected():
             return False
         moved = self._flush() if self._out else False
+        if self._ended is None and not self._out:
+            if self._bundle.for_first:
+                moved = self._bundle.feed_first() or moved
+            elif self._linger_by is not None and not self._farewell:
+                self._say_farewell()
+                moved = self._flush() or moved
         if self._ended is None and not self._paused():
             moved = self._read() or moved
         if self._ended is None:
@@ -198,6 +284,10 @@ class TcpPipe:
             self._end(ChannelBroken(f"{self._name}: no connection within {CONNECT_S:g} s; is the address reachable?"))
         if self._linger_by is not None and now >= self._linger_by:
             self._release()
+        elif self._ended is None:
+            self._bundle.expire(now)
+            if self._linger_by is not None and not self._farewell:
+                self._advance()
 
     def _queue(self, view: memoryview, ticket: Pending | None) -> None:
         self._out.append((view, ticket))
@@ -226,10 +316,16 @@ class TcpPipe:
                 if ticket is not None:
                     ticket.done = True
         if not self._out and self._linger_by is not None:
-            try:
-                self._sock.shutdown(socket.SHUT_WR)
-            except OSError:
-                self._release()
+            if self._farewell:
+                try:
+                    self._sock.shutdown(socket.SHUT_WR)
+                    self._bundle.shut()
+                except OSError:
+                    self._release()
+            else:
+                self._say_farewell()
+                if self._farewell:
+                    return self._flush() or moved
         return moved
 
     def _read(self) -> bool:
@@ -280,16 +376,12 @@ class TcpPipe:
                         return
                     (word,) = _RECORD.unpack(self._partial)
                     self._partial.clear()
-                kind, length = word >> 56, word & _LENGTH_MASK
-                if kind == _GOODBYE and length == 0:
-                    self._end(ChannelClosed(f"{self._name}: the other end closed"))
-                    return
-                limit = MAX_MESSAGE_BYTES if self._trusted else FIRST_MESSAGE_BYTES
-                if kind != _DATA or length > limit:
-                    self._end(ChannelBroken(f"{self._name}: the other end broke the protocol (kind {kind})"))
+                self._kind, length = word >> 56, word & _LENGTH_MASK
+                if length > self._longest(self._kind):
+                    self._dishonest(f"a record of kind {self._kind} and {length} bytes")
                     return
                 if length <= end - at:
-                    self._give(memoryview(bytes(data[at : at + length])))
+                    self._got(memoryview(bytes(data[at : at + length])))
                     at += length
                     continue
                 self._body, self._filled = fresh(length), 0
@@ -302,7 +394,34 @@ class TcpPipe:
     def _complete(self) -> None:
         if self._body is not None and self._filled == self._body.nbytes:
             body, self._body = self._body, None
+            self._got(body)
+
+    def _longest(self, kind: int) -> int:
+        """The most bytes a record of this kind may have; -1 where it may not be at all."""
+        if kind == _DATA:
+            return MAX_MESSAGE_BYTES if self._trusted else FIRST_MESSAGE_BYTES
+        if kind == _GOODBYE:
+            return _FIGURE.size
+        if not self._trusted:
+            return -1
+        return {_BULK: MOST_RECORD_BYTES, _CREDIT: _FIGURE.size, _STREAMS: _FIGURE.size}.get(kind, -1)
+
+    def _got(self, body: memoryview) -> None:
+        if self._kind == _DATA:
             self._give(body)
+        elif body.nbytes < _FIGURE.size:
+            self._dishonest(f"a record of kind {self._kind} cut short")
+        elif self._kind == _BULK:
+            self._bundle.arrived(*number_of(body))
+        else:
+            (figure,) = _FIGURE.unpack(body)
+            if self._kind == _CREDIT:
+                self._bundle.credit(figure)
+            elif self._kind == _STREAMS:
+                self._open_streams(figure)
+            else:
+                self._last_piece = figure
+                self._bulk_arrived()
 
     def _give(self, message: memoryview) -> None:
         if self._linger_by is not None:
@@ -329,7 +448,7 @@ class TcpPipe:
         if self not in self._fabric._pipes:
             return
         events = 0
-        if self._connect_by is not None or self._out:
+        if self._connect_by is not None or self._out or (self._bundle.for_first):
             events |= selectors.EVENT_WRITE
         if self._readable():
             events |= selectors.EVENT_READ
@@ -344,10 +463,13 @@ class TcpPipe:
             selector.modify(self._sock, events, self)
         self._events = events
 
-    def _release(self) -> None:
+    def _release(self, *, reset: bool = False) -> None:
         if self not in self._fabric._pipes:
             return
         del self._fabric._pipes[self]
+        self._fabric._names.pop(self._key, None)
+        self._fabric._bulky.pop(self, None)
+        self._bundle.release(reset=reset or isinstance(self._ended, ChannelBroken))
         if self._events:
             self._fabric._gate.selector.unregister(self._sock)
             self._events = 0

@@ -140,6 +140,7 @@ class UcxFabric:
         self._worker: Any = None
         self._address = b""
         self._pipes: dict[UcxPipe, None] = {}
+        self._bulky: dict[UcxPipe, None] = {}
         self._listeners: dict[UcxListener, None] = {}
         self._tags: set[int] = set()
         self._graveyard: list[tuple[Any, Any]] = []
@@ -181,6 +182,9 @@ class UcxFabric:
         if worker is None:
             return False
         once = worker.progress_once
+        if self._bulky:
+            for pipe in tuple(self._bulky):
+                pipe.pump()
         moved = self._dirty
         for _ in range(_PROGRESS_STEPS):
             if not once():

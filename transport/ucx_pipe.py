@@ -20,9 +20,11 @@ from transport.base import (
     Buffer,
     ChannelBroken,
     ChannelClosed,
+    Source,
     Ticket,
     TransportError,
 )
+from transport.bulk import BulkQueue
 from transport.tickets import DONE, again, size_bytes
 from transport.ucx_binding import Array, ucx
 from transport.ucx_life import watch
@@ -100,6 +102,7 @@ class UcxPipe:
         self._sent_bytes = self._credited_bytes = 0
         self._taken_bytes = self._reported_bytes = 0
         self._inbox: deque[memoryview] = deque()
+        self._bulk = BulkQueue()
         self._fin_arrived = False
         self._ended: TransportError | None = None
         self._release_by: float | None = None
@@ -138,8 +141,23 @@ class UcxPipe:
         self._send_long(parts, length, tickets)
         return tickets
 
-    def take(self) -> memoryview | None:
-        """The next whole message, or None."""
+    def send_bulk(self, source: Source) -> None:
+        """Queue a source; its pieces go when little else waits."""
+        if self._ended is not None or self._failed:
+            raise self._ended_error()
+        self._fabric._bulky[self] = None
+        self._bulk.add(source, self)
+
+    def pump(self) -> bool:
+        """Let bulk go as far as there is room. True if there was."""
+        if not self._bulk or self._ended is not None or self._failed:
+            self._bulk.clear()
+            self._fabric._bulky.pop(self, None)
+            return False
+        return self._bulk.pump(self)
+
+    def take(self, bulk: bool = True) -> memoryview | None:
+        """The next whole message, or None. There is one queue, so `bulk` makes no difference here."""
         if self._inbox:
             message = self._inbox.popleft()
             self._taken_bytes += message.nbytes
@@ -161,9 +179,20 @@ class UcxPipe:
         self._reap()
         return self._held_bytes + self._sending_bytes
 
+    @property
+    def bulk_pending_bytes(self) -> int:
+        """Bytes of bulk that UCX was not given yet."""
+        return self._bulk.pending_bytes
+
+    @property
+    def least_rtt_s(self) -> float | None:
+        """UCX does not tell."""
+        return None
+
     def close(self) -> None:
         """Say FIN behind what was sent; the fabric waits for the answer and releases the endpoint."""
         self._inbox.clear()
+        self._bulk.clear()
         if self._ended is None and not self._failed:
             self._ended = ChannelClosed(f"{self._name}: closed at this end")
             self._release_by = time.monotonic() + self._fabric.linger_s
@@ -177,6 +206,7 @@ class UcxPipe:
     def abort(self) -> None:
         """Say RST if it can be said, and release."""
         self._inbox.clear()
+        self._bulk.clear()
         if self._ended is None:
             self._ended = ChannelBroken(f"{self._name}: aborted at this end")
             if not self._failed:
@@ -361,6 +391,8 @@ class UcxPipe:
         if self._ended is None:
             self._ended = ChannelClosed(f"{self._name}: closed at this end")
         fabric._pipes.pop(self, None)
+        fabric._bulky.pop(self, None)
+        self._bulk.clear()
         if self._life is not None:
             fabric._gate.selector.unregister(self._life)
             os.close(self._life)

@@ -31,7 +31,13 @@ def test_random_bytes_at_the_listener_change_nothing(fabric):
     host, port, cookie = endpoint(listener.address)
     rng = random.Random(1)
     hostile = [rng.randbytes(rng.randrange(1, 400)) for _ in range(60)]
-    hostile += [_MAGIC, _MAGIC + bytes(16), _MAGIC + cookie[:-1] + bytes([cookie[-1] ^ 1]), b"GET / HTTP/1.1\r\n\r\n"]
+    hostile += [
+        _MAGIC,
+        _MAGIC + bytes(33),
+        _MAGIC + cookie[:-1] + bytes([cookie[-1] ^ 1]) + bytes(17),
+        _MAGIC + cookie + bytes(16) + b"\1",
+        b"GET / HTTP/1.1\r\n\r\n",
+    ]
     sockets = []
     for data in hostile:
         sock = socket.create_connection((host, port))
@@ -56,7 +62,7 @@ def test_a_record_no_honest_end_sends_breaks_only_its_pipe(fabric, record):
     listener = fabric.listen()
     host, port, cookie = endpoint(listener.address)
     with socket.create_connection((host, port)) as sock:
-        sock.sendall(_MAGIC + cookie)
+        sock.sendall(_MAGIC + cookie + bytes(17))
         accepted = until(listener.accept, fabric)
         accepted.trust()
         sock.sendall(record)

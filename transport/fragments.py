@@ -1,0 +1,113 @@
+"""A bulk message taken apart into frames and put together again. Pure: bytes in, bytes out.
+
+Each piece is a frame of its own on the bulk lane, which has its own order and its own nonces, so that it may arrive
+earlier or later than ordinary frames. Its metadata says what the whole is: kind, offset, size; the first piece also
+carries the message's metadata.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+
+from transport.base import MAX_MESSAGE_BYTES, Buffer, FrameError, Ticket
+from transport.bulk import PIECE_BYTES
+from transport.frames import FIRST_INTERNAL_KIND, FRAGMENT, MAX_META_BYTES, Frame, FrameWriter
+from transport.tickets import flat, fresh
+
+_PIECE = struct.Struct("<BQQ")
+
+
+class Outgoing:
+    """The source of one bulk message, and its ticket. `payload` must not change until `done`."""
+
+    def __init__(
+        self, writer: FrameWriter | None, kind: int, meta: bytes, payload: Buffer, stamp: Callable[[], int]
+    ) -> None:
+        if len(meta) > MAX_META_BYTES - _PIECE.size:
+            raise ValueError(f"metadata of {len(meta)} bytes; it describes a payload, it does not carry one")
+        self._payload: memoryview | None = flat(payload)
+        self._size = self._payload.nbytes
+        if self._size > MAX_MESSAGE_BYTES:
+            raise ValueError(f"a message of {self._size} bytes exceeds {MAX_MESSAGE_BYTES}; send it in pieces")
+        #: None until there is a key; nothing is pulled before.
+        self.writer = writer
+        self._kind = kind
+        self._meta = meta
+        self._stamp = stamp
+        self._at = 0
+        self._tickets: list[Ticket] = []
+
+    @property
+    def done(self) -> bool:
+        """True once the payload is no longer needed."""
+        if self._payload is not None:
+            return False
+        self._tickets = [ticket for ticket in self._tickets if not ticket.done]
+        return not self._tickets
+
+    @property
+    def left_bytes(self) -> int:
+        """Bytes not pulled yet."""
+        return 0 if self._payload is None else self._size - self._at
+
+    def pull(self, most_bytes: int = PIECE_BYTES) -> Sequence[Buffer] | None:
+        """Seal the next piece."""
+        payload = self._payload
+        if payload is None or self.writer is None:
+            return None
+        end = min(self._size, self._at + min(most_bytes, PIECE_BYTES))
+        meta = _PIECE.pack(self._kind, self._at, self._size) + (self._meta if self._at == 0 else b"")
+        parts = self.writer.write(FRAGMENT, meta, payload[self._at : end], self._stamp())
+        self._at = end
+        if end == self._size:
+            self._payload = None
+        return parts
+
+    def sent(self, ticket: Ticket) -> None:
+        """Keep the ticket of the piece until its buffers are free."""
+        if not ticket.done:
+            self._tickets.append(ticket)
+
+    def cancel(self) -> None:
+        """Let go of the payload."""
+        self._payload = None
+        self._tickets.clear()
+
+
+class Incoming:
+    """Puts the pieces of one direction together, one message after the other."""
+
+    def __init__(self) -> None:
+        self._kind = 0
+        self._meta = b""
+        self._body: memoryview | None = None
+        self._filled = 0
+
+    @property
+    def waiting_bytes(self) -> int:
+        """What is missing of the message in assembly; 0 between messages."""
+        return 0 if self._body is None else self._body.nbytes - self._filled
+
+    def add(self, frame: Frame) -> Frame | None:
+        """The whole message with the stamp of its last piece, or None. Raises FrameError for pieces out of place."""
+        if len(frame.meta) < _PIECE.size:
+            raise FrameError("a piece of a bulk message that does not say of which")
+        kind, offset, size = _PIECE.unpack_from(frame.meta)
+        if self._body is None:
+            if offset != 0 or size > MAX_MESSAGE_BYTES or kind >= FIRST_INTERNAL_KIND:
+                raise FrameError(f"a bulk message of {size} bytes begins at {offset}")
+            self._kind, self._meta = kind, frame.meta[_PIECE.size :]
+            self._body, self._filled = fresh(size), 0
+        elif (kind, offset, size) != (self._kind, self._filled, self._body.nbytes) or not frame.payload.nbytes:
+            raise FrameError(f"a piece at {offset} of {size} where {self._filled} of {self._body.nbytes} was due")
+        end = offset + frame.payload.nbytes
+        if end > size:
+            raise FrameError(f"a piece ends at {end} of {size}")
+        self._body[offset:end] = frame.payload
+        self._filled = end
+        if end < size:
+            return None
+        whole = Frame(self._kind, self._meta, self._body, frame.stamp_ns)
+        self._body = None
+        return whole
