@@ -9,8 +9,8 @@ competes with streams that fill queues would be starved by this, so it never goe
 
 from __future__ import annotations
 
-#: The queue that is sought, and the one that is too much. A token may be late by 5 ms; half of that is for bursts.
-_LOW_S, _HIGH_S = 1.0e-3, 2.5e-3
+#: The queue that is sought, and the one that is too much. A token may be late by 5 ms; a part of that is for bursts.
+_LOW_S, _HIGH_S = 1.5e-3, 3.5e-3
 #: A step faster: 1 % a round trip, doubling up to 25 % while the link shows no limit (BBR probes by 25 %).
 _STEP, _LARGEST_STEP = 0.01, 0.25
 #: Of the delivered rate, once its limit is known.
@@ -72,7 +72,7 @@ class Pace:
             self._set(self._delivered * _SHARE)
             self._draining = False
             self._wait_until = now + rtt_s
-        elif self.rate is not None and queue_s < _LOW_S + _LOW_S / 2:
+        elif self.rate is not None and queue_s < _LOW_S:
             if delivered > 0.7 * self.rate:  # else it is the sender, or its windows, that are the limit
                 self._set(self.rate * (1 + self._step))
                 self._step = min(_LARGEST_STEP, self._step * 1.5)

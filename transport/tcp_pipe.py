@@ -74,6 +74,8 @@ class TcpPipe:
         self._linger_by: float | None = None
         self._farewell = False
         self._last_piece: int | None = None
+        #: The other end said all it had to on the first connection; bulk may still be on its way on others.
+        self._silent = False
         #: How to make a further connection to where this one leads, at the connecting end: (index) -> success.
         self._further: Callable[[int], bool] | None = None
         self._bundle = Bundle(self, fabric._gate.selector)
@@ -230,6 +232,8 @@ class TcpPipe:
             self._bundle.forget()
         if self._last_piece is not None and self._bundle.due >= self._last_piece:
             self._end(ChannelClosed(f"{self._name}: the other end closed"))
+        elif self._silent and self._bundle.exhausted:
+            self._broken(None)
 
     def _stalled(self, what: str) -> None:
         self._end(ChannelBroken(f"{self._name}: {what}; the link or the neighbour stalls"))
@@ -241,6 +245,8 @@ class TcpPipe:
         return self._connect_by is None and self._ended is None and not self._paused()
 
     def _paused(self) -> bool:
+        if self._silent:
+            return True
         if self._linger_by is not None:
             return False
         return self._inbox_bytes >= _INBOX_BYTES or (not self._trusted and self._given > 0)
@@ -348,7 +354,9 @@ class TcpPipe:
                 return True
             moved = True
             if count == 0:
-                self._broken(None)
+                self._silent = True
+                if self._last_piece is None or self._bundle.exhausted:
+                    self._broken(None)
                 return True
             if direct:
                 self._filled += count

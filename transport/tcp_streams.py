@@ -36,15 +36,19 @@ FIRST_STREAMS, MOST_STREAMS = 4, 32
 _STREAM_WINDOW_BYTES = 2 << 20
 #: Beyond this share of segments sent again, a loss more than the window is what limits a stream.
 _LOSSY = 0.003
+#: Losses behind a queue are congestion, which more streams make worse.
+_QUEUE_S = 3e-3
 _UNSENT_BYTES = 128 * 1024
 _LEAST_PIECE_BYTES = 64 * 1024
 #: A piece takes a stream this long at most, or the last ones of a message would be waited for.
 _PIECE_S = 0.1
-_FIRST_WINDOW_BYTES, _MOST_WINDOW_BYTES = 8 << 20, 256 << 20
+_FIRST_WINDOW_BYTES, _MOST_WINDOW_BYTES = 64 << 20, 256 << 20
 #: A piece and its frame. Longer is a broken neighbour.
 MOST_RECORD_BYTES = 4 << 20
 _TICK_S = (0.02, 0.25)
-_URGENT_S = 10.0
+_URGENT_S = 5.0
+#: A hello and a welcome are nobody's tokens.
+_HANDSHAKE = 2
 _AGAIN_S = 10.0
 #: How long bulk waits for streams of its own before it takes the first connection.
 _APART_S = 1.0
@@ -77,6 +81,8 @@ class BulkStream:
         self._number = 0
         self._filled = 0
         self.finished = False
+        #: A stream starts slowly: a long piece would be waited for by those after it.
+        self.piece_bytes = _LEAST_PIECE_BYTES
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -182,7 +188,7 @@ class BulkStream:
             if not self._out:
                 if self.finished:
                     return moved
-                piece = self._bundle.next()
+                piece = self._bundle.next(self.piece_bytes)
                 if piece is None:
                     return moved
                 self._out.extend(piece)
@@ -222,6 +228,7 @@ class BulkStream:
                     self._bundle.broken(None)
                 # Between records it is the other end's good order: a goodbye is on its way on the first connection.
                 self.finished = True
+                self._bundle.stream_ended()
                 return True
             self._filled += count
             if self._filled < target.nbytes:
@@ -251,7 +258,6 @@ class Bundle:
         self._number = 0
         self._sent_bytes = 0
         self._limit_bytes = _FIRST_WINDOW_BYTES
-        self._piece_bytes = PIECE_BYTES
         self._due = 0
         self._early: dict[int, memoryview] = {}
         self._arrived: deque[memoryview] = deque()
@@ -263,7 +269,7 @@ class Bundle:
         self.pace = Pace()
         self._paced: tuple[int, int] | None = None
         self._urgent_at = -math.inf
-        self._urgent_seen = -1
+        self._urgent_seen = _HANDSHAKE
         self._tick_at = 0.0
         self._acked: tuple[float, dict[BulkStream, int]] = (0.0, {})
         self._segments = (0, 0)
@@ -306,11 +312,11 @@ class Bundle:
         self._begin_apart()
         self.refresh()
 
-    def next(self) -> list[tuple[memoryview, Pending | None]] | None:
+    def next(self, most_bytes: int) -> list[tuple[memoryview, Pending | None]] | None:
         """The next piece as a record, sealed now; None when there is none or no credit."""
         while self._sources and self._sent_bytes < self._limit_bytes:
             source = self._sources[0]
-            parts = source.pull(self._piece_bytes)
+            parts = source.pull(most_bytes)
             if parts is None:
                 self._sources.popleft()
                 continue
@@ -330,7 +336,7 @@ class Bundle:
         for _ in range(_PRIMARY_PIECES):
             if pipe._out or not self.for_first:
                 break
-            piece = self.next()
+            piece = self.next(PIECE_BYTES)
             if piece is None:
                 break
             for view, ticket in piece:
@@ -435,6 +441,15 @@ class Bundle:
         """A stream ended in the middle: what it carried is lost, and with it the pipe."""
         self._pipe._broken(error)
 
+    @property
+    def exhausted(self) -> bool:
+        """Whether no stream can bring anything more."""
+        return all(stream.finished for stream in self.streams)
+
+    def stream_ended(self) -> None:
+        """A stream has brought all it will."""
+        self._pipe._bulk_arrived()
+
     def dishonest(self, what: str) -> None:
         """The other end broke the protocol."""
         self._pipe._dishonest(what)
@@ -493,20 +508,22 @@ class Bundle:
         self._acked = (now, {stream: info.acked_bytes for stream, info in infos.items()})
         acked = sum(info.acked_bytes - before.get(stream, 0) for stream, info in infos.items())
         delivered = acked / max(now - since, 1e-3) if since else 0.0
-        self._rate = max(delivered, 0.8 * self._rate)
+        self._rate += 0.3 * (delivered - self._rate)
         if self._count_urgent(now):
             if infos and since:
                 rtts = sorted(info.rtt_s for info in infos.values())
-                self.pace.tick(now, rtt_s=rtts[len(rtts) // 2], least_rtt_s=least_s, delivered=delivered)
+                self.pace.tick(now, rtt_s=rtts[len(rtts) // 4], least_rtt_s=least_s, delivered=delivered)
         else:
             self.pace.reset()
         self._apply()
-        self._piece_bytes = round(min(PIECE_BYTES, max(_LEAST_PIECE_BYTES, self._rate / max(1, len(infos)) * _PIECE_S)))
+        for stream, info in infos.items():
+            own = (info.acked_bytes - before.get(stream, info.acked_bytes)) / max(now - since, 1e-3)
+            stream.piece_bytes = round(min(PIECE_BYTES, max(_LEAST_PIECE_BYTES, own * _PIECE_S)))
         self._grow(now, least_s, infos)
 
     def _count_urgent(self, now: float) -> bool:
         seen = self._pipe._given + self._pipe._said
-        if seen != self._urgent_seen:
+        if seen > self._urgent_seen:
             self._urgent_seen = seen
             self._urgent_at = now
         return now - self._urgent_at < _URGENT_S
@@ -527,12 +544,18 @@ class Bundle:
         have = len(self.streams)
         sent = sum(info.sent_segments for info in infos.values())
         again = sum(info.retransmitted for info in infos.values())
-        lossy = sent - self._segments[0] > 100 and again - self._segments[1] > _LOSSY * (sent - self._segments[0])
+        lossy = (
+            bool(infos)
+            and sent - self._segments[0] > 100
+            and again - self._segments[1] > _LOSSY * (sent - self._segments[0])
+        )
         self._segments = (sent, again)
-        want = max(FIRST_STREAMS, math.ceil(2 * self._rate * least_s / _STREAM_WINDOW_BYTES))
-        if lossy:
+        want = max(FIRST_STREAMS, math.ceil(1.5 * self._rate * least_s / _STREAM_WINDOW_BYTES))
+        queue_s = min((info.rtt_s for info in infos.values()), default=0.0) - least_s
+        if lossy and queue_s < max(_QUEUE_S, 0.1 * least_s):
             want = max(want, 2 * have)
-        want = min(want, MOST_STREAMS)
+        if want > have:
+            want = min(max(want, 2 * have), MOST_STREAMS)  # few steps: each new stream starts slowly
         if want > have and self._pipe._open_streams(want):
             self._more_at = now + 4 * least_s
 

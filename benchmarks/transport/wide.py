@@ -92,7 +92,7 @@ class _Bench:
         self.size = (1 if line.rate <= 300e6 else 4) << 20
         #: Slow start, and the growth of buffers and streams, are over after some tens of round trips.
         self._warm_s = max(2.0, 30 * line.rtt_s)
-        self._last_s = 2.0 if quick else 4.0
+        self._last_s = 4.0
         self._near, self._far, self._address = near, far, address
         self.late_us: list[float] = []
         self.shared: list[float] = []

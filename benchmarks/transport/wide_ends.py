@@ -72,8 +72,11 @@ def _sink(listener: socket.socket, last_s: float) -> float:
     arrived = []
     buffer = bytearray(1 << 20)
     with sock:
-        while count := sock.recv_into(buffer):
-            arrived.append((time.monotonic(), count))
+        try:
+            while count := sock.recv_into(buffer):
+                arrived.append((time.monotonic(), count))
+        except ConnectionResetError:
+            pass  # how the near end stops
     return _rate(arrived, last_s)
 
 

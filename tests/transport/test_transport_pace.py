@@ -1,0 +1,76 @@
+"""How bulk is held back for tokens, on a link of the textbook: a rate, a delay, and a queue before it."""
+
+from __future__ import annotations
+
+import pytest
+
+from transport.deadlines import allowance_s
+from transport.pace import Pace
+
+
+class Pipeline:
+    """A fluid link. `turn` sends at a rate for a round trip and gives what the sender then sees: (round trip, rate)."""
+
+    def __init__(self, rate, rtt_s):
+        self.rate, self.rtt_s, self.queue_bytes = rate, rtt_s, 0.0
+        self.past = [(0.0, 0.0)]
+
+    def turn(self, offered, steps=20):
+        delivered = 0.0
+        step_s = self.rtt_s / steps
+        for _ in range(steps):
+            waiting = self.queue_bytes + offered * step_s
+            out = min(waiting, self.rate * step_s)
+            self.queue_bytes = waiting - out
+            delivered += out
+        self.past.append((self.rtt_s + self.queue_bytes / self.rate, delivered / self.rtt_s))
+        return self.past[-2]
+
+
+@pytest.mark.parametrize("rate", [12.5e6, 125e6])
+@pytest.mark.parametrize("rtt_s", [0.01, 0.1, 0.2])
+def test_bulk_finds_the_links_rate_and_keeps_its_queue_short(rate, rtt_s):
+    link, pace, now = Pipeline(rate, rtt_s), Pace(), 0.0
+    pace.begin()
+    queues, delivered = [], []
+    for turn in range(400):
+        now += rtt_s
+        seen_s, got = link.turn(pace.rate)
+        pace.tick(now, rtt_s=max(seen_s, rtt_s), least_rtt_s=rtt_s, delivered=got)
+        if turn >= 200:
+            queues.append(link.queue_bytes / rate)
+            delivered.append(got)
+    assert sum(delivered) / len(delivered) > 0.9 * rate
+    assert sorted(queues)[len(queues) // 2] < 5e-3
+
+
+def test_a_link_that_got_faster_is_found_out():
+    link, pace, now = Pipeline(2e6, 0.05), Pace(), 0.0
+    pace.begin()
+    for turn in range(300):
+        if turn == 100:
+            link.rate = 20e6
+        now += 0.05
+        seen_s, got = link.turn(pace.rate)
+        pace.tick(now, rtt_s=max(seen_s, 0.05), least_rtt_s=0.05, delivered=got)
+    assert pace.rate > 15e6
+
+
+def test_bulk_is_not_starved_by_others_who_fill_the_queue():
+    pace, now = Pace(), 0.0
+    pace.begin()
+    for _ in range(20):
+        now += 0.1
+        pace.tick(now, rtt_s=0.1, least_rtt_s=0.1, delivered=10e6)
+    for _ in range(100):
+        now += 0.1
+        pace.tick(now, rtt_s=0.3, least_rtt_s=0.1, delivered=4e6)
+    assert pace.rate >= 0.5 * 4e6
+    pace.reset()
+    assert pace.rate is None
+
+
+def test_an_operation_is_given_time_by_its_size_and_its_link():
+    assert allowance_s(0) < allowance_s(1 << 20) < allowance_s(1 << 30)
+    assert allowance_s(1 << 30, 0.2, 1e9) < allowance_s(1 << 30, 0.2) < allowance_s(1 << 30, 0.4)
+    assert allowance_s(64) >= 10
