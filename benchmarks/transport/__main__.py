@@ -22,7 +22,11 @@ from simulations.processes import ending_on_signals
 
 #: The modules of this package that give rows: each has `rows(options) -> Iterator[Row]` and a tuple `WHAT` with the
 #: names that its rows may have, so that --only need not import, or set up, what was not asked for.
-PARTS = ("wide",)
+PARTS = (
+    "local",
+    "collectives",
+    "wide",
+)
 
 FIGURES = """\
 rows: what was measured; size of a message in bytes; link; gb_per_s (10^9 bytes a second, one way); us_per_message (one

@@ -1,0 +1,68 @@
+"""Our all-reduce beside that of torch.distributed with gloo, over processes of this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+from benchmarks.transport.ranks import Ranks, open_ranks
+from benchmarks.transport.rows import Contender, LeftOut, Options, Row, Sample, interleaved
+from transport import available
+
+RANKS = (2, 3, 4)
+SIZES = (1024, 2304, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20)
+QUICK = (2304, 256 << 10)
+WHAT = tuple(
+    f"all-reduce {ranks} ranks {who}" for ranks in RANKS for who in ("gloo", "tcp", "tcp sealed", "ucx", "ucx sealed")
+)
+
+#: Bytes that one measurement moves, and all-reduces of it at most.
+_BYTES, _MOST = 30_000_000, 300
+
+
+def rows(options: Options) -> Iterator[Row]:
+    """Rows by ranks and size. `ratio_to_raw` is how many times faster than gloo. Raises LeftOut without torch."""
+    if importlib.util.find_spec("torch") is None:
+        raise LeftOut("torch is not installed")
+    for ranks in RANKS[:1] if options.quick else RANKS:
+        gloo = f"all-reduce {ranks} ranks gloo"
+        ours = [
+            (f"all-reduce {ranks} ranks {backend}{' sealed' if seal else ''}", backend, seal)
+            for backend in reversed(available())
+            for seal in (False, True)
+        ]
+        ours = [each for each in ours if options.wants(each[0])]
+        if not ours and not options.wants(gloo):
+            continue
+        with ExitStack() as stack:
+            others = stack.enter_context(open_ranks("tcp", ranks, seal=False))
+            groups = {what: stack.enter_context(open_ranks(backend, ranks, seal=seal)) for what, backend, seal in ours}
+            port = _free_port()
+            for size in QUICK if options.quick else SIZES:
+                contenders = [_contender(gloo, others, f"gloo {size} {_count(size)} {port}", size, None)]
+                contenders += [
+                    _contender(what, group, f"reduce {size} {_count(size)}", size, gloo)
+                    for what, group in groups.items()
+                ]
+                yield from interleaved(contenders, size, "loopback", options.rounds)
+
+
+def _contender(what: str, ranks: Ranks, task: str, size: int, raw: str | None) -> Contender:
+    def measure() -> Sample:
+        taken_s = ranks.run(task)
+        return Sample(size / taken_s / 1e9, taken_s * 1e6)
+
+    return Contender(what, measure, raw)
+
+
+def _count(size: int) -> int:
+    return max(3, min(_MOST, _BYTES // size))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
