@@ -151,7 +151,8 @@ class PeerConfig(BaseSettings):
     `relay_mbps` is what it may hand on for others that do not reach each other; with 0 it does not.
     `models` is the folder below which this site's own models lie; without it they may lie anywhere. `withhold` are
     patterns of models (names or paths) whose weights this site does not give to others; `weights_cache` is how much
-    disk the weights that came from others may take, by default half of what is free.
+    disk the weights that came from others may take, by default half of what is free; `weights_rate` bounds the bytes
+    a second of weights that this site gives to others.
     `reserve` is the share of each device's memory kept for the loss of another site. `probes`: whether the bandwidth of
     this site's links may be measured by short bursts. `seal` off leaves frames between this site's own shards open.
     """
@@ -175,12 +176,18 @@ class PeerConfig(BaseSettings):
     models: Annotated[Path | None, AfterValidator(_expanded_or_none)] = None
     withhold: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_words)] = ()
     weights_cache: Annotated[str, AfterValidator(_size)] = ""
+    weights_rate: Annotated[str, AfterValidator(_size)] = ""
     reserve: float = Field(default=0.2, ge=0.0, lt=1.0)
 
     @property
     def weights_cache_bytes(self) -> int:
         """The limit of the cache of weights; 0 for the default."""
         return parse_bytes(self.weights_cache) if self.weights_cache else 0
+
+    @property
+    def weights_rate_bytes_per_s(self) -> int:
+        """The most weights given away a second; 0 for no limit."""
+        return parse_bytes(self.weights_rate) if self.weights_rate else 0
 
     @property
     def specs(self) -> tuple[DeviceSpec, ...]:

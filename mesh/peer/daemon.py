@@ -160,6 +160,7 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
             SubprocessInspector(config.data_dir / "models"),
             host=reachable(host),
             limit_bytes=config.weights_cache_bytes,
+            rate_bytes_per_s=config.weights_rate_bytes_per_s,
             models=config.models,
             withhold=config.withhold,
             delay_s=delay_s,

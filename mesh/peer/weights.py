@@ -220,12 +220,23 @@ class Weights:
         self._held = held
         self._rows: list[dict[str, Any]] = []
         self._opened: dict[str, str] = {}
+        self._nursery: trio.Nursery | None = None
+        self._hashing: dict[str, trio.Event] = {}
         self._offering = trio.Lock()
         self._offers: dict[str, tuple[float, bytes]] = {}
 
     def attach(self, view: View, peer: TicketsOf) -> None:
         """The picture of the mesh and the way to its peers, which are made after this."""
         self._view, self._peer = view, peer
+
+    def begin(self, nursery: trio.Nursery) -> None:
+        """Tell of the models that lie in the site's folder. Hashing, where it is wanted, runs in `nursery`."""
+        self._nursery = nursery
+        if self._models is not None:
+            for path in models_below(self._models)[:MAX_HELD]:
+                self._opened[str(path)] = path.name
+            if self._opened:
+                self._tell()
 
     # -- what is here
 
@@ -275,7 +286,7 @@ class Weights:
             root = self._root_named(model)
             if root is None:
                 raise ModelError(str(missing)) from None
-            found = await self._fetch(root, None, (), lambda done, total: None)
+            found = await self._fetch(root, Path(model).name, None, (), lambda done, total: None)
             await self._store.call("release", STORE_S, root=root)
             return await self._inspector(found)
         info = await self._inspector(path)
@@ -295,9 +306,11 @@ class Weights:
         info = await self.inspect(model)
         answer = await self._store.call("scan", SCAN_S, path=info.path, name=info.spec.name)
         root = bytes(answer["root"])
-        packed: bytes = msgpack.packb(
-            {"root": root, "name": info.spec.name, "sources": self._holders(root, [self.site])}
-        )
+        name = info.spec.name
+        if self._withheld(name, info.path):
+            raise ModelError(f"{self.site} withholds the weights of {name}: a site that lacks them cannot serve it")
+        sources = self._holders(root, name, [self.site])[:MAX_HELD]
+        packed: bytes = msgpack.packb({"root": root, "name": name, "sources": sources})
         return packed
 
     def _root_named(self, model: str) -> bytes | None:
@@ -318,9 +331,13 @@ class Weights:
                     found.append((site, good))
         return found
 
-    def _holders(self, root: bytes, first: Iterable[str]) -> list[str]:
-        """Sites that have something of a model: `first`, then those that tell so."""
-        told = [site for site, rows in self._told() if any(row["root"] == root[:TOLD_ROOT_BYTES] for row in rows)]
+    def _holders(self, root: bytes, name: str, first: Iterable[str]) -> list[str]:
+        """Sites that have something of a model: `first`, then those that tell so, or of one of that name."""
+
+        def may(row: dict[str, Any]) -> bool:
+            return bool(row["root"] == root[:TOLD_ROOT_BYTES] if row["root"] else row["name"] == name)
+
+        told = [site for site, rows in self._told() if any(may(row) for row in rows)]
         return list(dict.fromkeys([*first, *sorted(told)]))
 
     # -- a shard's side
@@ -348,8 +365,8 @@ class Weights:
             yield Placed(path, cached=False)
             self._opened_here(path, name)
             return
-        root, sources = _read_offer(offer)
-        found = await self._fetch(root, a, sources, progress, cut=cut)
+        root, name, sources = _read_offer(offer)
+        found = await self._fetch(root, name, a, sources, progress, cut=cut)
         try:
             yield Placed(found, cached=True)
         finally:
@@ -360,7 +377,14 @@ class Weights:
                     logger.warning("%s", error)
 
     async def _fetch(
-        self, root: bytes, a: Assignment | None, offered: Sequence[str], progress: Progress, *, cut: bool = True
+        self,
+        root: bytes,
+        name: str,
+        a: Assignment | None,
+        offered: Sequence[str],
+        progress: Progress,
+        *,
+        cut: bool = True,
     ) -> str:
         """Have the store fetch; the folder to open. Raises ModelError."""
         ready = trio.Event()
@@ -394,7 +418,7 @@ class Weights:
                 changed = trio.Event()
                 now = trio.current_time()
                 links = () if self._view is None else self._view.snapshot().links
-                for site in nearest(self.site, self._holders(root, offered), links):
+                for site in nearest(self.site, self._holders(root, name, offered), links):
                     if len(live) >= MAX_SOURCES:
                         break
                     if site not in live and retry_at.get(site, -math.inf) <= now:
@@ -405,7 +429,7 @@ class Weights:
 
         async def ask(site: str) -> None:
             try:
-                ticket = await self._ticket_of(site, root)
+                ticket = await self._ticket_of(site, root, name)
                 await self._store.call("source", STORE_S, fetch=number, site=site, **ticket)
             except MeshError as error:
                 logger.info("weights: %s gives no ticket: %s", site, error)
@@ -417,7 +441,9 @@ class Weights:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(feed)
             try:
-                found = await self._store.call("fetch", SCAN_S, on_event, root=root, assignment=document, cut=cut)
+                found = await self._store.call(
+                    "fetch", SCAN_S, on_event, root=root, name=name, assignment=document, cut=cut
+                )
             except MeshError as error:
                 failure = error
             nursery.cancel_scope.cancel()
@@ -425,18 +451,45 @@ class Weights:
             raise failure
         return str(found["path"])
 
-    async def _ticket_of(self, site: str, root: bytes) -> dict[str, Any]:
+    async def _ticket_of(self, site: str, root: bytes, name: str) -> dict[str, Any]:
         if self._peer is None:
             raise WorkerError("this peer is starting")
-        ticket = await self._peer(site)(peer_pb2.WeightsRequest(root=root, site=self.site), TICKET_S)
+        ticket = await self._peer(site)(peer_pb2.WeightsRequest(root=root, site=self.site, name=name), TICKET_S)
         return {"address": ticket.address, "key": ticket.key, "hello": ticket.hello, "delay_s": self._delay_s(site)}
 
     # -- a source's side
+
+    async def _hash_if_named(self, request: peer_pb2.WeightsRequest) -> None:
+        """Where files lie here under the name of a model that is asked for, find out whether they are that model.
+
+        Waits for as long as the caller does; the hashing goes on, so that the next who asks finds it done.
+        """
+        if any(row["root"] == request.root for row in self._rows) or self._nursery is None:
+            return
+        hashed = {row["path"] for row in self._rows}
+        paths = [path for path, name in self._opened.items() if name == request.name and path not in hashed]
+        for path in paths:
+            if path not in self._hashing:
+                self._hashing[path] = trio.Event()
+                self._nursery.start_soon(self._hash, path, request.name)
+        with trio.move_on_after(TICKET_S / 2):
+            for path in paths:
+                if path in self._hashing:
+                    await self._hashing[path].wait()
+
+    async def _hash(self, path: str, name: str) -> None:
+        try:
+            await self._store.call("scan", SCAN_S, path=path, name=name)
+        except MeshError as error:
+            logger.warning("%s is not given to others: %s", path, error)
+        finally:
+            self._hashing.pop(path).set()
 
     async def ticket(self, request: peer_pb2.WeightsRequest) -> peer_pb2.WeightsTicket:
         """Where and with which key a site may read a model's blocks here. Raises NotAllowed, ModelMissing."""
         if len(request.root) != 32:
             raise RequestError("a root has 32 bytes")
+        await self._hash_if_named(request)
         key, hello = secrets.token_bytes(32), b"weights/" + secrets.token_hex(8).encode()
         answer = await self._store.call(
             "admit",
@@ -454,15 +507,24 @@ class Weights:
         return peer_pb2.WeightsTicket(address=answer["address"], key=key, hello=hello)
 
 
-def _read_offer(offer: bytes) -> tuple[bytes, list[str]]:
+def models_below(folder: Path) -> list[Path]:
+    """The models that lie in a folder: folders with a config.json."""
+    try:
+        return sorted(path.parent for path in folder.glob("*/config.json"))
+    except OSError:
+        return []
+
+
+def _read_offer(offer: bytes) -> tuple[bytes, str, list[str]]:
     try:
         document = msgpack.unpackb(offer)
-        root, sources = bytes(document["root"]), [str(site) for site in document["sources"]]
+        root, name = bytes(document["root"]), str(document["name"])
+        sources = [str(site) for site in document["sources"]]
     except (ValueError, KeyError, TypeError) as error:
         raise RequestError(f"the offer of weights is not one: {error}") from None
     if len(root) != 32 or len(sources) > MAX_HELD:
         raise RequestError("the offer of weights is out of bounds")
-    return root, sources
+    return root, name, sources
 
 
 def read_held(entry: Any) -> list[dict[str, Any]]:
@@ -488,6 +550,7 @@ async def open_weights(
     *,
     host: str,
     limit_bytes: int,
+    rate_bytes_per_s: int,
     models: Path | None,
     withhold: Sequence[str],
     delay_s: Callable[[str], float],
@@ -495,16 +558,9 @@ async def open_weights(
     held: Callable[[], Mapping[str, Any]],
 ) -> AsyncIterator[Weights]:
     """A site's weights for the length of the block. The store starts at once only where an earlier run left models."""
-    command = [
-        sys.executable,
-        "-m",
-        "mesh.weights.store",
-        str(folder),
-        "--host",
-        host,
-        "--limit-bytes",
-        str(limit_bytes),
-    ]
+    options = {"--host": host, "--limit-bytes": limit_bytes, "--rate": rate_bytes_per_s}
+    command = [sys.executable, "-m", "mesh.weights.store", str(folder)]
+    command += [str(word) for option in options.items() for word in option]
     folder_there = there(str(folder))
     weights: Weights
 
@@ -526,6 +582,7 @@ async def open_weights(
         await nursery.start(store.run)
         if folder_there:
             await store.start()
+        weights.begin(nursery)
         try:
             yield weights
         finally:

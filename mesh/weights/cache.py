@@ -1,6 +1,7 @@
 """The models that came from other sites, on this site's disk, within a limit of bytes.
 
     ROOT/manifest     the model's manifest, whose hash is ROOT
+    ROOT/name         what it is called
     ROOT/have         which blocks are there (`mesh.weights.have`); its time is when the model was last wanted
     ROOT/lock         held by workers that have the model open (`mesh.weights.presence`)
     ROOT/NAME/        the model's folder: files of full length with holes
@@ -23,7 +24,7 @@ from typing import NamedTuple
 from mesh.errors import ModelError
 from mesh.weights.have import HaveFile
 from mesh.weights.manifest import Manifest
-from mesh.weights.presence import HAVE_FILE, LOCK_FILE, MANIFEST_FILE
+from mesh.weights.presence import HAVE_FILE, LOCK_FILE, MANIFEST_FILE, NAME_FILE
 
 
 class Occupant(NamedTuple):
@@ -61,6 +62,7 @@ class CachedModel:
         if not path.exists():
             part = home / f".{MANIFEST_FILE}"
             part.write_bytes(manifest.encoded)
+            (home / NAME_FILE).write_text(manifest.name)
             part.replace(path)
         self._descriptors: list[int] = []
         for file in manifest.files:
@@ -138,7 +140,9 @@ class Cache:
         for home in sorted(path.iterdir()) if path.is_dir() else ():
             try:
                 root = bytes.fromhex(home.name)
-                self.models[root] = CachedModel(home, Manifest.decode((home / MANIFEST_FILE).read_bytes(), root))
+                name = (home / NAME_FILE).read_text()
+                manifest = Manifest.decode((home / MANIFEST_FILE).read_bytes(), root, name)
+                self.models[root] = CachedModel(home, manifest)
             except (ValueError, OSError, ModelError):
                 shutil.rmtree(home, ignore_errors=True)
 

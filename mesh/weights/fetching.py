@@ -73,13 +73,16 @@ class Fetch:
             connection = self._connections[source.site] = _Connection(source)
             self._nursery.start_soon(self._serve, connection)
 
-    async def manifest(self, root: bytes) -> Manifest:
-        """The manifest of the model, from the first source that gives it. Only inside `open`. Raises ModelError."""
+    async def manifest(self, root: bytes, name: str) -> Manifest:
+        """The manifest of the model, which is to be called `name`, from the first source that gives it.
+
+        Only inside `run`. Raises ModelError.
+        """
         while True:
             for connection in list(self._connections.values()):
                 if connection.ready:
                     try:
-                        return Manifest.decode(await self._manifest_of(connection), root)
+                        return Manifest.decode(await self._manifest_of(connection), root, name)
                     except (TransportError, MeshError) as error:
                         self._give_up(connection, str(error))
             await self._wait("manifest")

@@ -1,5 +1,7 @@
 """What a model is, byte by byte: its files, the hashes of their blocks, and where in them each tensor lies. Pure.
 
+What the model is called is no part of it: two sites may keep the same files under two names.
+
 A manifest is made once by a peer that has the model's files, and names the model for everybody: its *root* is the
 SHA-256 of its bytes, and it holds the SHA-256 of every block, so whoever knows the root can check each block by itself,
 whoever sent it (a Merkle tree of two levels, as in BitTorrent's metainfo, BEP 3). Blocks never span files.
@@ -75,7 +77,7 @@ class Manifest:
         """The bytes whose hash is the root."""
         files = [[f.name, f.size, f.head, f.digests] for f in self.files]
         tensors = [[t.name, t.file, t.offset, t.size, t.rows] for t in self.tensors]
-        packed: bytes = msgpack.packb([VERSION, self.name, BLOCK_BYTES, files, tensors, self.heads, self.kv_heads])
+        packed: bytes = msgpack.packb([VERSION, BLOCK_BYTES, files, tensors, self.heads, self.kv_heads])
         return packed
 
     @cached_property
@@ -135,18 +137,21 @@ class Manifest:
             yield from self.covering(number, 0, file.head)
 
     @classmethod
-    def decode(cls, data: bytes, root: bytes) -> Manifest:
-        """Rebuild a manifest that came from somebody else. Raises ModelError unless it is the one that `root` names."""
+    def decode(cls, data: bytes, root: bytes, name: str) -> Manifest:
+        """Rebuild a manifest that came from somebody else, of a model called `name` here.
+
+        Raises ModelError unless it is the one that `root` names.
+        """
         if len(data) > MAX_MANIFEST_BYTES or hashlib.sha256(data).digest() != root:
             raise ModelError(f"the manifest sent for the model {root.hex()[:12]} is another's")
         try:
-            return cls._checked(msgpack.unpackb(data, strict_map_key=False))
+            return cls._checked(msgpack.unpackb(data, strict_map_key=False), name)
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
             raise ModelError(f"the manifest of the model {root.hex()[:12]} is not one: {error}") from None
 
     @classmethod
-    def _checked(cls, document: Any) -> Manifest:
-        version, name, block, files, tensors, heads, kv_heads = document
+    def _checked(cls, document: Any, name: str) -> Manifest:
+        version, block, files, tensors, heads, kv_heads = document
         if (version, block) != (VERSION, BLOCK_BYTES):
             raise ValueError(f"version {version} with blocks of {block} bytes is unknown here")
         if not (
@@ -158,9 +163,13 @@ class Manifest:
         found = tuple(_file(*entry) for entry in files)
         if len({file.name for file in found}) != len(found) or sum(file.size for file in found) > MAX_BYTES:
             raise ValueError("files of one name, or too many bytes")
-        if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME_CHARACTERS or not name.isprintable():
-            raise ValueError("its name is none")
-        return cls(name, found, tuple(_tensor(found, *entry) for entry in tensors), int(heads), int(kv_heads))
+        return cls(
+            name[-MAX_NAME_CHARACTERS:] or "model",
+            found,
+            tuple(_tensor(found, *entry) for entry in tensors),
+            int(heads),
+            int(kv_heads),
+        )
 
 
 def blocks_in(size: int) -> int:

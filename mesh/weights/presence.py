@@ -15,7 +15,7 @@ from mesh.errors import ModelMissing
 from mesh.weights.have import BlockMap, parse
 from mesh.weights.manifest import BLOCK_BYTES, Manifest
 
-MANIFEST_FILE, HAVE_FILE, LOCK_FILE = "manifest", "have", "lock"
+MANIFEST_FILE, NAME_FILE, HAVE_FILE, LOCK_FILE = "manifest", "name", "have", "lock"
 
 
 class Presence:
@@ -41,7 +41,7 @@ class Presence:
         except ValueError:
             return None
         try:
-            return cls(home, Manifest.decode((home / MANIFEST_FILE).read_bytes(), root))
+            return cls(home, Manifest.decode((home / MANIFEST_FILE).read_bytes(), root, folder.name))
         except OSError as error:
             raise ModelMissing(f"the cached model {folder} cannot be read: {error.strerror}") from error
 

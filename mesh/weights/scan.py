@@ -126,9 +126,9 @@ def remembered(kept: Path, folder: Path) -> Manifest | None:
     """The manifest made of this folder before, where nothing changed since."""
     try:
         document = msgpack.unpackb((kept / _key(folder)).read_bytes())
-        version, path, known, encoded = document
+        version, path, name, known, encoded = document
         if version == VERSION and path == str(folder) and [tuple(each) for each in known] == stats(folder):
-            return Manifest.decode(encoded, hashlib.sha256(encoded).digest())
+            return Manifest.decode(encoded, hashlib.sha256(encoded).digest(), name)
     except (OSError, ValueError, TypeError, ModelError):
         pass
     return None
@@ -139,7 +139,7 @@ def remember(kept: Path, folder: Path, manifest: Manifest) -> None:
     kept.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = kept / _key(folder)
     part = path.with_name(f".{path.name}.part")
-    part.write_bytes(msgpack.packb([VERSION, str(folder), stats(folder), manifest.encoded]))
+    part.write_bytes(msgpack.packb([VERSION, str(folder), manifest.name, stats(folder), manifest.encoded]))
     part.replace(path)
 
 
@@ -148,7 +148,7 @@ def folders(kept: Path) -> list[Path]:
     found = []
     for path in sorted(kept.iterdir()) if kept.is_dir() else ():
         try:
-            version, folder, _, _ = msgpack.unpackb(path.read_bytes())
+            version, folder, _, _, _ = msgpack.unpackb(path.read_bytes())
         except (OSError, ValueError, TypeError):
             continue
         if version == VERSION:

@@ -168,7 +168,9 @@ class Store:
         self._acceptor.expect(hello, name=site, key=key, delay_s=delay_s)
         return {"address": self._acceptor.address}
 
-    async def fetch(self, number: int, root: bytes, assignment: dict[str, Any] | None, cut: bool) -> dict[str, Any]:
+    async def fetch(
+        self, number: int, root: bytes, name: str, assignment: dict[str, Any] | None, cut: bool
+    ) -> dict[str, Any]:
         """Bring in what `assignment` needs of a model; the folder to open. It stays pinned until `release`."""
         part = None if assignment is None else Assignment.from_dict(assignment)
         self._cache.pins[root] = self._cache.pins.get(root, 0) + 1
@@ -200,7 +202,7 @@ class Store:
                 async def body(fetch: Fetch) -> None:
                     nonlocal found
                     self._tell({"id": number, "ready": True})
-                    manifest = found.manifest if found is not None else await fetch.manifest(root)
+                    manifest = found.manifest if found is not None else await fetch.manifest(root, name)
                     needed = wanted(manifest, part, cut=cut)
                     model = found = self._cache.open(manifest)
                     missing = sum(manifest.size_of(block) for block in needed if block not in model.have)

@@ -22,7 +22,7 @@ def model(name, *sizes):
     """A manifest and the bytes of its blocks, one file of `sizes` blocks each."""
     files, blocks = [], []
     for number, size in enumerate(sizes):
-        data = [bytes([number, block]) * (BLOCK_BYTES // 2) for block in range(size)]
+        data = [bytes([number, block, ord(name[0]), 0]) * (BLOCK_BYTES // 4) for block in range(size)]
         data[-1] = data[-1][:100]
         length = (size - 1) * BLOCK_BYTES + 100
         files.append(FileEntry(f"f{number}", length, 0, b"".join(hashlib.sha256(each).digest() for each in data)))
@@ -114,7 +114,7 @@ def test_a_damaged_file_of_bits_counts_as_empty(tmp_path, content):
 def test_a_full_cache_evicts_the_model_wanted_longest_ago_but_none_that_is_open(tmp_path):
     cache = Cache(tmp_path, lambda used: 5 * BLOCK_BYTES)
     made = []
-    for number, name in enumerate(("old", "open", "new")):
+    for number, name in enumerate(("eldest", "open", "new")):
         manifest, blocks = model(name, 2, 1)
         cached = cache.open(manifest)
         for block, data in enumerate(blocks):

@@ -26,7 +26,7 @@ def folder(path, rows=700):
 
 
 def test_the_same_files_have_the_same_root_and_another_byte_gives_another(tmp_path):
-    first, second = scan(folder(tmp_path / "a"), "m"), scan(folder(tmp_path / "b"), "m")
+    first, second = scan(folder(tmp_path / "a"), "m"), scan(folder(tmp_path / "b"), "another name")
     assert first.root == second.root
     path = tmp_path / "b" / "model.safetensors"
     data = bytearray(path.read_bytes())
@@ -79,9 +79,9 @@ def example():
 
 def test_a_manifest_survives_its_encoding_and_is_refused_under_another_root():
     manifest = example()
-    assert Manifest.decode(manifest.encoded, manifest.root) == manifest
+    assert Manifest.decode(manifest.encoded, manifest.root, "m") == manifest
     with pytest.raises(ModelError, match="another's"):
-        Manifest.decode(manifest.encoded, bytes(32))
+        Manifest.decode(manifest.encoded, bytes(32), "m")
 
 
 names = st.sampled_from(["w", "../w", "/etc/passwd", "", ".hidden", "a/b", 7, None])
@@ -93,10 +93,10 @@ numbers = st.sampled_from([0, 1, 5, -1, BLOCK_BYTES, 1 << 62, 1.5, None, "3"])
 def test_a_hostile_manifest_is_refused_in_one_way(name, size, head, digests, at):
     import hashlib
 
-    document = [1, "m", BLOCK_BYTES, [[name, size, head, digests]], [["t", 0, at, 1, 1]], 0, 0]
+    document = [1, BLOCK_BYTES, [[name, size, head, digests]], [["t", 0, at, 1, 1]], 0, 0]
     data = msgpack.packb(document)
     try:
-        manifest = Manifest.decode(data, hashlib.sha256(data).digest())
+        manifest = Manifest.decode(data, hashlib.sha256(data).digest(), "m")
     except ModelError:
         return
     assert all("/" not in file.name and not file.name.startswith(".") for file in manifest.files)

@@ -54,7 +54,7 @@ class World:
         async def body(fetch):
             for source in sources:
                 fetch.add(source)
-            made = await fetch.manifest(self.manifest.root)
+            made = await fetch.manifest(self.manifest.root, "m")
             assert made == self.manifest
             blocks = list(range(made.blocks)) if wanted is None else wanted
             await fetch.blocks(self.cache.open(made), blocks)

@@ -331,19 +331,23 @@ class WeightsRequest(_message.Message):
 
     ROOT_FIELD_NUMBER: _builtins.int
     SITE_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
     root: _builtins.bytes
     """the model: hash of its manifest"""
     site: _builtins.str
     """who asks; proven by the call itself where sites have identities"""
+    name: _builtins.str
+    """what it is called: a site that has files under this name may have to hash them first"""
     def __init__(
         self,
         *,
         root: _builtins.bytes = ...,
         site: _builtins.str = ...,
+        name: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["root", b"root", "site", b"site"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "root", b"root", "site", b"site"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
