@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 HELD = "held"
 #: What a site tells the mesh: so many models, so many runs of layers of each; some 100 bytes a model.
 MAX_HELD, MAX_RUNS = 48, 8
-#: Bytes of a root that are told: 64 bits name a model among any number of them.
-TOLD_ROOT_BYTES = 8
+#: Roots are told whole: who has nothing of a model yet can fetch it by its name.
+TOLD_ROOT_BYTES = 32
 #: A ticket is answered from memory, but for the start of the store.
 TICKET_S = 20.0
 #: A source that could not be used is tried again after so long, then twice that, and so on.
