@@ -11,7 +11,17 @@ from typing import Final
 from topology.archive import Archive
 from topology.balance import balance
 from topology.constraints import CODES, Constraints
-from topology.cost import POLICIES, PREFILL_TOKENS, TOKEN_BYTES, Fit, fit, kv_bytes, least_bytes
+from topology.cost import (
+    POLICIES,
+    PREFILL_TOKENS,
+    TOKEN_BYTES,
+    Fit,
+    all_reduces_s,
+    fit,
+    kv_bytes,
+    least_bytes,
+    overhead_s,
+)
 from topology.model import ModelSpec
 from topology.objective import LIMITED_SLACKS, SLACKS, Key, excess, key
 from topology.picture import Node, Path, Picture
@@ -277,6 +287,14 @@ class Assembler:
             fits = [self._fit(island, policy, False, False) for policy in ("speed", "memory")]
             self._alike[key, path] = max((f for f in fits if f), key=lambda f: f.capacity, default=None)
         return self._alike[key, path]
+
+    def roughly(self, island: Island) -> tuple[int, float]:
+        """Layers that an island holds, and seconds of one, if it could be shared out in any parts: soon told."""
+        network_s = all_reduces_s(self.picture, self.model, island)
+        if not math.isfinite(network_s):
+            return 0, math.inf
+        weights_s = self.model.layer_bytes / math.fsum(node.speed for node in island)
+        return self._most_layers(island), weights_s + overhead_s(island) + network_s
 
     def ladder(self, island: Island, policy: str, first: bool, last: bool) -> tuple[Fit, ...]:
         """Ways to share an island out, the fastest first, each slower than the one before and for more layers.

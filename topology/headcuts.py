@@ -61,14 +61,24 @@ class HeadCut:
 
         With `room`, among those that fit into so many bytes by device. None: impossible.
         """
+        lines = tuple((tuple(head_s), tuple(kv_s)) for head_s, kv_s in self.lines)
+        free = None if room is None else tuple(room)
+        taken = (0.0, 0.0) if room is None else (self.head_bytes, self.kv_bytes)
+        found = _fastest(HeadCut(self.heads, self.group, lines, *taken), free)
+        return None if found is None else list(found)
+
+    def _fastest(self, room: Sequence[float] | None) -> list[int] | None:
         if self.devices > self.heads:
             return None
         widths, kv = _spans(self.heads, self.group)
-        times = [self._times(device, widths, kv) for device in range(self.devices)]
+        alike = {line: self._times(i, widths, kv) for i, line in reversed(list(enumerate(self._kinds())))}
+        times = [alike[line] for line in self._kinds()]
+        # A range's time depends on its query and KV heads alone, which few pairs of numbers are.
+        pairs = _distinct(self.heads, self.group)
+        limits = np.unique(np.concatenate([each[pairs] for each in alike.values()]))
         if room is not None:
             taken = self.head_bytes * widths + self.kv_bytes * kv
             times = [np.where(taken <= free, each, math.inf) for each, free in zip(times, room, strict=True)]
-        limits = np.unique(np.concatenate([each[np.isfinite(each)] for each in times]))
         low, high = 0, len(limits) - 1
         if high < 0 or not _reaches(times, float(limits[high])):
             return None
@@ -114,6 +124,10 @@ class HeadCut:
         slowest: Floats = np.maximum.reduce(each).max(axis=1)
         return slowest
 
+    def _kinds(self) -> list[tuple[float, ...]]:
+        """What a query head and a KV head take, by device: devices alike have equal ones."""
+        return [tuple(s[i] for line in self.lines for s in line) for i in range(self.devices)]
+
     def _times(self, device: int, widths: Whole, kv: Whole) -> Floats:
         times = np.maximum.reduce([head_s[device] * widths + kv_s[device] * kv for head_s, kv_s in self.lines])
         return np.where(widths > 0, times, math.inf)
@@ -125,6 +139,25 @@ def touched(shares: Whole, group: int) -> Whole:
     starts = stops - shares
     kv: Whole = np.where(shares > 0, -(-stops // group) - starts // group, 0)
     return kv
+
+
+@functools.lru_cache(maxsize=4096)
+def _fastest(cut: HeadCut, room: tuple[float, ...] | None) -> tuple[int, ...] | None:
+    """`HeadCut.fastest`, remembered: a mesh has the same devices at many sites."""
+    found = cut._fastest(room)
+    return None if found is None else tuple(found)
+
+
+@functools.lru_cache(maxsize=64)
+def _distinct(heads: int, group: int) -> tuple[Whole, Whole]:
+    """First head and head after the last of one range for each pair of numbers of query and KV heads."""
+    found = {
+        (stop - start, -(-stop // group) - start // group): (start, stop)
+        for start in range(min(group, heads))
+        for stop in range(start + 1, heads + 1)
+    }
+    starts, stops = zip(*found.values(), strict=True)
+    return np.array(starts), np.array(stops)
 
 
 @functools.lru_cache(maxsize=64)

@@ -31,6 +31,8 @@ MAX_WORK: Final = 20_000
 
 #: Where there are more sites than this, the search ends when so many more of them have brought nothing better.
 LISTED_SITES: Final = 12
+#: A site of more devices than this makes a mesh large as well.
+LISTED_DEVICES: Final = 24
 IDLE_SIZES: Final = 3
 #: Objectives for which the exact program weighs every plan.
 PROVED: Final = ("latency", "first_token", "throughput")
@@ -69,18 +71,28 @@ class Search:
         strategy: str,
         *,
         max_work: float = MAX_WORK,
+        like: Search | None = None,
     ) -> None:
-        self._max_work = max_work if len(picture.sites) <= LISTED_SITES else max_work * LARGE_SHARE
+        """`like`: a search of the same picture and request for another objective, whose preparations are used."""
+        devices = max((len(nodes) for nodes in picture.nodes.values()), default=0)
+        self._large = len(picture.sites) > LISTED_SITES or devices > LISTED_DEVICES
+        self._max_work = max_work * LARGE_SHARE if self._large else max_work
         self.proved: tuple[object, ...] = ()  # the identity of the plan that was proved to be the best of all
         self.picture, self.model, self.constraints, self.strategy = picture, model, constraints, strategy
         self.assembler = Assembler(picture, model, context, constraints)
         self._found: dict[frozenset[str], Candidate | None] = {}
-        self._large = len(picture.sites) > LISTED_SITES
+        self._needed = model.layers if self._large else self.assembler.least_bytes
+        self._layouts: dict[str, Block]
+        self._clusters: dict[frozenset[str], Block]
+        self._room: dict[str, int]
+        if like is not None:
+            self.assembler.share(like.assembler)
+            self._layouts, self._clusters, self._room = like._layouts, like._clusters, like._room
+            return
         self._few: dict[tuple[object, ...], list[int]] = {}
         self._layouts = {name: self._fewer(name, self._site(name)) for name in picture.sites}
         self._clusters = self._near()
         self._room = {name: self._holds(name) for name in picture.sites}
-        self._needed = model.layers if self._large else self.assembler.least_bytes
 
     def run(self) -> Outcome:
         """Look at one site, then at pairs, and so on, as far as `min_latency` and the limits ask."""
@@ -250,6 +262,8 @@ class Search:
                 improved = False
                 for index, block in enumerate(blocks):
                     for layout in block:
+                        if self.exhausted and here is not None:
+                            break
                         changed = [*choice[:index], layout, *choice[index + 1 :]]
                         candidate = self._assemble(changed) if layout != choice[index] else None
                         if candidate is not None and (here is None or candidate.cost(wish) < here.cost(wish)):
@@ -281,7 +295,7 @@ class Search:
         alike = tuple((node.speed, node.flops, node.usable_bytes) for node in nodes)
         key = (alike, self.picture.path(name, name), len(block))
         if key not in self._few:
-            figures = [(self._layers(layout), self._pace(layout), index) for index, layout in enumerate(block)]
+            figures = [(*self._roughly(layout), index) for index, layout in enumerate(block)]
             able = [entry for entry in figures if entry[0]] or figures
             most = max(layers for layers, _, _ in able)
             kept = {index for index, layout in enumerate(block) if layout.widest}
@@ -296,12 +310,14 @@ class Search:
             self._few[key] = sorted(kept)
         return tuple(block[index] for index in self._few[key])
 
-    def _pace(self, layout: Layout) -> float:
-        """Mean seconds of a layer where the layout is full."""
-        fits = [self.assembler.middle(island) for island in layout.islands]
-        held = [(each.capacity, each.layer_s + each.layer_network_s) for each in fits if each is not None]
-        layers = sum(count for count, _ in held)
-        return math.inf if len(held) < len(fits) or not layers else sum(n * s for n, s in held) / layers
+    def _roughly(self, layout: Layout) -> tuple[int, float]:
+        """Layers that fit, and mean seconds of one where all is full, as if islands could be cut anywhere."""
+        layers, total_s = 0, 0.0
+        for island in layout.islands:
+            held, layer_s = self.assembler.roughly(island)
+            layers += held
+            total_s += held * layer_s
+        return layers, total_s / layers if layers else math.inf
 
     def _holds(self, name: str) -> int:
         """What a site can take of the model: bytes; on a large mesh layers, for whole layers fill memory badly."""

@@ -48,9 +48,11 @@ class Request:
     keep_reserve: bool = True
     dtypes: tuple[str, ...] = ()
 
-    def search(self, picture: Picture, constraints: Constraints, max_work: float = MAX_WORK) -> Search:
+    def search(
+        self, picture: Picture, constraints: Constraints, max_work: float = MAX_WORK, like: Search | None = None
+    ) -> Search:
         """A search of the picture."""
-        return Search(picture, self.model, self.context, constraints, self.strategy, max_work=max_work)
+        return Search(picture, self.model, self.context, constraints, self.strategy, max_work=max_work, like=like)
 
     def look(self, constraints: Constraints, *, reserve: bool, dtypes: Mapping[str, str] | None = None) -> Picture:
         """The picture under these constraints, with these `dtypes` by `site/device`."""
@@ -238,10 +240,8 @@ def _whole_front(request: Request, search: Search, archive: Archive) -> Archive:
     whole.merge(archive)
     for objective in FRONT:
         if objective != wishes.wish:
-            other = request.search(
-                search.picture, replace(wishes, objective=objective, min_latency="medium"), FRONT_WORK
-            )
-            other.assembler.share(search.assembler)
+            asked = replace(wishes, objective=objective, min_latency="medium")
+            other = request.search(search.picture, asked, FRONT_WORK, like=search)
             other.run()
             whole.merge(other.assembler.archive)
     return whole

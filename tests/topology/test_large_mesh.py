@@ -80,3 +80,10 @@ def test_a_ring_of_many_stages_is_no_longer_than_by_chance_and_complete() -> Non
         rng.shuffle(chance)
         shortest = min(shortest, ring_s(cost, [0, *chance]))
     assert ring_s(cost, order) < 0.5 * shortest
+
+
+def test_a_site_of_a_hundred_devices_counts_as_large_and_is_planned_in_bounded_work() -> None:
+    snapshot = mesh(1, 100, 0)
+    plan = partition(snapshot, model(snapshot, 1), {"objective": "latency"})
+    assert plan.sites == ("s000",)
+    assert_sound(plan, snapshot)
