@@ -21,6 +21,7 @@ _START_RATE, _START_SHARE = float(1 << 20), 0.8
 _FLOOR_SHARE = 0.5
 _LEAST_RATE = 128 * 1024.0
 _FORGET_S = 30.0
+_SMOOTH = 0.2
 
 
 class Pace:
@@ -30,6 +31,7 @@ class Pace:
         self.rate: float | None = None
         self._best = 0.0
         self._best_at = 0.0
+        self._usual = 0.0
         self._delivered = 0.0
         self._wait_until = 0.0
         self._step = _STEP
@@ -53,8 +55,10 @@ class Pace:
 
         To be called about once a round trip, and not more often than the figures mean something (10 ms).
         """
-        if now - self._best_at > _FORGET_S or delivered > self._best:
-            self._best, self._best_at = delivered, now
+        # Acknowledgements come in bursts where a machine is busy: a single look would make a floor above the link.
+        self._usual += _SMOOTH * (delivered - self._usual)
+        if now - self._best_at > _FORGET_S or self._usual > self._best:
+            self._best, self._best_at = self._usual, now
         queue_s = rtt_s - least_rtt_s
         if now < self._wait_until:
             return
