@@ -166,6 +166,7 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
             delay_s=delay_s,
             publish=lambda rows: gossip.publish(HELD, rows),
             held=lambda: gossip.entries(HELD),
+            sent=gossip.transferred,
         ) as weights,
     ):
         peer: Peer

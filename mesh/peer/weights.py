@@ -82,9 +82,15 @@ class _Call:
 class StoreProcess:
     """The store as the daemon sees it. Started by the first call; started again by the next one after it died."""
 
-    def __init__(self, command: Sequence[str], on_held: Callable[[list[dict[str, Any]]], None]) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        on_held: Callable[[list[dict[str, Any]]], None],
+        on_sent: Callable[[str, int, float], None],
+    ) -> None:
         self._command = tuple(command)
         self._on_held = on_held
+        self._on_sent = on_sent
         self._calls: dict[int, _Call] = {}
         self._numbers = itertools.count(1)
         self._process: trio.Process | None = None
@@ -179,6 +185,9 @@ class StoreProcess:
     def _take(self, message: dict[str, Any]) -> None:
         if "held" in message:
             self._on_held(message["held"])
+            return
+        if "sent" in message:
+            self._on_sent(message["sent"], message["bytes"], message["seconds"])
             return
         call = self._calls.get(message.get("id", 0))
         if call is None:
@@ -556,8 +565,12 @@ async def open_weights(
     delay_s: Callable[[str], float],
     publish: Callable[[dict[str, Any]], None],
     held: Callable[[], Mapping[str, Any]],
+    sent: Callable[[str, int, float], None],
 ) -> AsyncIterator[Weights]:
-    """A site's weights for the length of the block. The store starts at once only where an earlier run left models."""
+    """A site's weights for the length of the block. The store starts at once only where an earlier run left models.
+
+    `sent(site, bytes, seconds)` is told how fast weights went to a site.
+    """
     options = {"--host": host, "--limit-bytes": limit_bytes, "--rate": rate_bytes_per_s}
     command = [sys.executable, "-m", "mesh.weights.store", str(folder)]
     command += [str(word) for option in options.items() for word in option]
@@ -567,7 +580,7 @@ async def open_weights(
     def changed(rows: list[dict[str, Any]]) -> None:
         weights.store_changed(rows)
 
-    store = StoreProcess(command, changed)
+    store = StoreProcess(command, changed, sent)
     weights = Weights(
         site,
         store,

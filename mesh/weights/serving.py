@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +23,8 @@ IDLE_S = 120.0
 SEND_S = 30.0
 #: Requests that may wait: more than any window.
 MAX_WAITING = 256
+#: Blocks that leave in a row tell of the link from so many bytes on, more than buffers hold; so many are told at once.
+LEAST_BYTES, MOST_BYTES = 16 << 20, 128 << 20
 
 
 class Holding(Protocol):
@@ -71,8 +74,47 @@ class Bucket:
         return max(0.0, self._free_at - now)
 
 
-async def serve(driver: Driver, channel: Channel, held: Holding, bucket: Bucket | None = None) -> int:
-    """Serve until the other end goes away or falls silent; the bytes sent. Raises nothing: the channel is closed."""
+class Stretch:
+    """How fast bytes leave while somebody waits for more of them: what a link carries. Pure.
+
+    What the kernel's buffers swallow counts as sent, so short stretches say nothing.
+    """
+
+    def __init__(self) -> None:
+        self._began_s: float | None = None
+        self._bytes = 0
+
+    def began(self, now: float) -> None:
+        """The first of several blocks is about to leave; of no effect in the middle of a stretch."""
+        if self._began_s is None:
+            self._began_s, self._bytes = now, 0
+
+    def sent(self, count: int, now: float, *, more: bool) -> tuple[int, float] | None:
+        """So many bytes have left, and `more` wait. A stretch that is over and long enough: its bytes and seconds."""
+        assert self._began_s is not None, "a stretch begins before anything is sent"
+        self._bytes += count
+        seconds = now - self._began_s
+        if not more or self._bytes >= MOST_BYTES:
+            self._began_s = now if more else None
+            found, self._bytes = self._bytes, 0
+            if found >= LEAST_BYTES and seconds > 0:
+                return found, seconds
+        return None
+
+
+async def serve(
+    driver: Driver,
+    channel: Channel,
+    held: Holding,
+    bucket: Bucket | None = None,
+    *,
+    report: Callable[[int, float], None] = lambda count, seconds: None,
+) -> int:
+    """Serve until the other end goes away or falls silent; the bytes sent. Raises nothing: the channel is closed.
+
+    `report` is told how many bytes left in how many seconds, where no bucket held them back.
+    """
+    stretch = Stretch()
     waiting: OrderedDict[int, None] = OrderedDict()
     asked = trio.Event()
     sent = 0
@@ -107,8 +149,12 @@ async def serve(driver: Driver, channel: Channel, held: Holding, bucket: Bucket 
                 continue
             if bucket is not None:
                 await trio.sleep(bucket.take(len(data), trio.current_time()))
+            stretch.began(trio.current_time())
             await send(BLOCK, numbers(block), data)
             sent += len(data)
+            seen = stretch.sent(len(data), trio.current_time(), more=bool(waiting))
+            if seen is not None and bucket is None:
+                report(*seen)
 
     async def until_over(step: object, scope: trio.CancelScope) -> None:
         try:

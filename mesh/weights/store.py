@@ -4,12 +4,14 @@ It hashes folders of models, serves their blocks to other sites and fetches bloc
 byte of weights goes through the daemon. It never imports torch. Its stdin and stdout belong to the daemon: msgpack maps
 one after the other. A request {"id", "op", ...} gets one {"id", "ok": {...}} or {"id", "error": line}, for a fetch with
 {"id", "done", "total"} and {"id", "lost": site, "why": line} before it. {"held": [...]} says what is here, unasked,
-whenever that changes. The end of stdin ends the process.
+whenever that changes, and {"sent": site, "bytes", "seconds"} how fast a site was given blocks. The end of stdin ends
+the process.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import sys
@@ -69,7 +71,7 @@ class Store:
         self._cache = Cache(path / "models", self._limit)
         self._local: dict[bytes, LocalModel] = {}
         self._names: dict[bytes, str] = {}
-        self._expected: dict[bytes, tuple[bytes, float]] = {}
+        self._expected: dict[bytes, tuple[bytes, str, float]] = {}
         self._fetches: dict[int, Fetch] = {}
         self._locks: dict[bytes, trio.Lock] = {}
 
@@ -160,11 +162,11 @@ class Store:
         """Expect a site's channel; where it may connect."""
         self._holding(root)
         now = trio.current_time()
-        for old, (_, ends_at) in list(self._expected.items()):
+        for old, (_, _, ends_at) in list(self._expected.items()):
             if ends_at < now:
                 del self._expected[old]
                 self._acceptor.forget(old)
-        self._expected[hello] = (root, now + TICKET_S)
+        self._expected[hello] = (root, site, now + TICKET_S)
         self._acceptor.expect(hello, name=site, key=key, delay_s=delay_s)
         return {"address": self._acceptor.address}
 
@@ -249,13 +251,18 @@ class Store:
             except TransportError:
                 continue
             for hello, channel in made:
-                root, _ = self._expected.pop(hello, (b"", 0.0))
+                root, site, _ = self._expected.pop(hello, (b"", "", 0.0))
                 try:
                     held = self._holding(root)
                 except MeshError:
                     channel.close()
                     continue
-                self._nursery.start_soon(serve, self._driver, channel, held, self._bucket)
+
+                def report(count: int, seconds: float, site: str = site) -> None:
+                    self._tell({"sent": site, "bytes": count, "seconds": seconds})
+
+                give = functools.partial(serve, self._driver, channel, held, self._bucket, report=report)
+                self._nursery.start_soon(give)
 
     def close(self) -> None:
         """Close the files."""

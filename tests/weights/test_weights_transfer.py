@@ -14,7 +14,7 @@ from mesh.weights.fetching import Fetch, Source
 from mesh.weights.frames import BLOCK, HAVE, MANIFEST, WANT, numbers, read_numbers
 from mesh.weights.manifest import BLOCK_BYTES
 from mesh.weights.scan import scan
-from mesh.weights.serving import Bucket, LocalModel, serve
+from mesh.weights.serving import LEAST_BYTES, MOST_BYTES, Bucket, LocalModel, Stretch, serve
 from transport import Acceptor, TransportError, open_fabric
 from transport.trio_shell import open_driver
 
@@ -245,3 +245,15 @@ def test_a_bucket_lets_through_its_rate_after_its_burst():
     waited = [bucket.take(50, 10.0) for _ in range(3)]
     assert waited == [0.0, 0.5, 1.0]
     assert math.isclose(bucket.take(50, 1000.0), 0.0)
+
+
+def test_blocks_that_leave_in_a_row_tell_what_the_link_carries():
+    stretch = Stretch()
+    stretch.began(10.0)
+    assert stretch.sent(LEAST_BYTES - 1, 11.0, more=True) is None
+    assert stretch.sent(1, 12.0, more=False) == (LEAST_BYTES, 2.0)
+    stretch.began(60.0)  # what passes while nobody asks does not count
+    assert stretch.sent(MOST_BYTES, 64.0, more=True) == (MOST_BYTES, 4.0)
+    assert stretch.sent(LEAST_BYTES, 65.0, more=False) == (LEAST_BYTES, 1.0)
+    stretch.began(80.0)
+    assert stretch.sent(LEAST_BYTES - 1, 90.0, more=False) is None, "a few blocks fit into buffers"
