@@ -266,7 +266,7 @@ class Links:
         return None if transfers is None else transfers.transport
 
     def to_probe(self, now: float) -> str | None:
-        """A published link whose bandwidth nobody has seen for hours, and seldom: see `PROBE_GAP_S`.
+        """A published link whose bandwidth nobody has seen for hours; seldom (`PROBE_GAP_S`), failures last.
 
         Whoever asks sends it a short transfer and says so by `transferred`, or `probe_failed`.
         """
@@ -274,13 +274,16 @@ class Links:
         waited_s = now - self._probed_s
         if waited_s < min(PROBE_GAP_S, FIRST_GAP_S * len(links)):
             return None
-        for site, report in sorted(links.items()):
+        due: list[tuple[int, str]] = []
+        for site, report in links.items():
             seen = self._transfers.get(site) or _Transfers()
-            due = now - seen.last_s > BANDWIDTH_AGE_S and now >= seen.after_s
-            if due and not report.cut and (not seen.rates or waited_s >= PROBE_GAP_S):
-                self._probed_s = now
-                return site
-        return None
+            aged = now - seen.last_s > BANDWIDTH_AGE_S and now >= seen.after_s
+            if aged and not report.cut and (not seen.rates or waited_s >= PROBE_GAP_S):
+                due.append((seen.failures, site))
+        if not due:
+            return None
+        self._probed_s = now
+        return min(due)[1]
 
     def forget(self, site: str) -> None:
         """A site is gone."""
