@@ -207,6 +207,10 @@ class Channel:
                 return message
             self._put_aside(message)
 
+    def stashed(self, kind: int) -> Message | None:
+        """As `poll` of a lane, among what has arrived but for which nobody asked; nothing more is taken in."""
+        return self._unstash(kind) if self._stash else None
+
     def check(self) -> None:
         """Notice the end of the channel without taking a message: what a sender that waits calls.
 

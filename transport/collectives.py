@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from transport.base import ChannelBroken, DeadlineExceeded, Fabric, Ticket, TransportError
-from transport.channel import Channel
+from transport.channel import Channel, Message
 from transport.collective_choice import HIERARCHY, ONE_SHOT, PIECE_BYTES, RING, SCATTER, TREE, Costs, choose
 from transport.frames import FIRST_LANE_KIND
 from transport.tensors import add_in_order, as_bytes, as_tensor, dtype_code, host, wide
@@ -353,6 +353,9 @@ class Group:
         channel = self._channels[rank]
         while True:
             message = channel.poll(COLLECTIVE)
+            if message is None and self.size > 2:
+                self._look(channel)
+                message = channel.poll(COLLECTIVE)  # looking at the others may have brought it in
             if message is None:
                 self._wait(channel)
                 continue
@@ -375,18 +378,30 @@ class Group:
                 self._wait(None)
 
     def _wait(self, channel: Channel | None) -> None:
-        """Until something moved. Looks after all ranks: the one that is waited for may itself wait for a lost one."""
+        """Until something moved. What `channel` may have brought has been looked at: nothing here takes in more of it,
+        or the wait would be for a message that is there already.
+        """
         left_s = self._deadline - time.monotonic()
         if left_s <= 0:
             raise DeadlineExceeded(
                 f"collective {self._sequence}: still waiting for {'the send' if channel is None else channel.name}"
             )
-        for other in self._channels.values():
-            failed = other.poll(FAILED)
-            if failed is not None:
-                raise ChannelBroken(f"{other.name}: gave up: {bytes(failed.payload[:200]).decode(errors='replace')}")
+        if channel is None:
+            self._look(None)
+        else:
+            self._failed(channel, channel.stashed(FAILED))
         due_s = None if channel is None else channel.due_s
         wait_any(self._fabrics, left_s if due_s is None else min(left_s, due_s), spin_s=self._spin_s)
+
+    def _look(self, but: Channel | None) -> None:
+        """Whether a rank gave up: the one that is waited for may itself wait for a lost one."""
+        for other in self._channels.values():
+            if other is not but:
+                self._failed(other, other.poll(FAILED))
+
+    def _failed(self, channel: Channel, message: Message | None) -> None:
+        if message is not None:
+            raise ChannelBroken(f"{channel.name}: gave up: {bytes(message.payload[:200]).decode(errors='replace')}")
 
     def _tell(self, error: TransportError) -> None:
         """Let the other ranks know that this one gave up."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transport_harness import PROCESSES, Neighbour, connect_pair
 
-from transport import ChannelBroken, DeadlineExceeded, TransportError, open_fabric
+from transport import ChannelBroken, DeadlineExceeded, Message, TransportError, open_fabric
 from transport.collective_choice import HIERARCHY, ONE_SHOT, RING, SCATTER, TREE, Costs, choose, predict
 from transport.collectives import ALGORITHMS, Group
 
@@ -301,3 +302,27 @@ def test_all_reduce_works_across_processes_and_a_killed_rank_breaks_it(backend, 
         neighbour.process.kill()
         with pytest.raises(ChannelBroken, match="child"):
             group.all_reduce_(torch.ones(4), 20)
+
+
+def test_nothing_is_taken_in_between_looking_for_a_message_and_waiting_for_it(monkeypatch):
+    """Or the message would be put aside, and the wait be for one that is there already."""
+    done = []
+
+    class Close:
+        name, fabric, due_s = "neighbour", None, None
+
+        def send(self, meta, view, *, kind):
+            self.meta = meta
+            return SimpleNamespace(done=True)
+
+        def stashed(self, kind):
+            return None
+
+        def poll(self, kind):
+            done.append("look")
+            ready = "wait" in done
+            return Message(kind, self.meta, memoryview(bytearray(4))) if ready else None
+
+    monkeypatch.setattr("transport.collectives.wait_any", lambda *_, **__: done.append("wait"))
+    Group(0, 2, {1: Close()}).all_reduce_(torch.ones(1), 1.0)
+    assert done == ["look", "wait", "look"]
