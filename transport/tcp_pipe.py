@@ -29,6 +29,7 @@ from transport.base import (
 from transport.tcp_info import tcp_info
 from transport.tcp_streams import BULK, MOST_RECORD_BYTES, MOST_STREAMS, Bundle, number_of
 from transport.tickets import DONE, Pending, again, flat, fresh, size_bytes
+from transport.waiting import watch
 
 if TYPE_CHECKING:
     from transport.tcp import TcpFabric
@@ -460,16 +461,7 @@ class TcpPipe:
             events |= selectors.EVENT_WRITE
         if self._readable():
             events |= selectors.EVENT_READ
-        if events == self._events:
-            return
-        selector = self._fabric._gate.selector
-        if not self._events:
-            selector.register(self._sock, events, self)
-        elif not events:
-            selector.unregister(self._sock)
-        else:
-            selector.modify(self._sock, events, self)
-        self._events = events
+        self._events = watch(self._fabric._gate.selector, self._sock, self, self._events, events)
 
     def _release(self, *, reset: bool = False) -> None:
         if self not in self._fabric._pipes:

@@ -25,6 +25,7 @@ from transport.bulk import PIECE_BYTES
 from transport.pace import Pace
 from transport.tcp_info import TcpInfo, tcp_info
 from transport.tickets import Pending, flat, fresh, size_bytes
+from transport.waiting import watch
 
 if TYPE_CHECKING:
     from transport.tcp_pipe import TcpPipe
@@ -126,16 +127,7 @@ class BulkStream:
         events = 0 if self.finished or self._connect_by is not None else selectors.EVENT_READ
         if self._out or self._connect_by is not None or (self.open and self._bundle.ready):
             events |= selectors.EVENT_WRITE
-        if events == self._events:
-            return
-        selector = self._bundle.selector
-        if not self._events:
-            selector.register(self._sock, events, self)
-        elif not events:
-            selector.unregister(self._sock)
-        else:
-            selector.modify(self._sock, events, self)
-        self._events = events
+        self._events = watch(self._bundle.selector, self._sock, self, self._events, events)
 
     def close(self, *, reset: bool) -> None:
         """Release the socket."""

@@ -75,6 +75,19 @@ class Gate:
         self._sender.close()
 
 
+def watch(selector: selectors.BaseSelector, sock: socket.socket, data: object, before: int, events: int) -> int:
+    """Have `selector` look for `events` on `sock` (0: for none) where it looked for `before`. Gives `events`."""
+    if events == before:
+        return events
+    if not before:
+        selector.register(sock, events, data)
+    elif not events:
+        selector.unregister(sock)
+    else:
+        selector.modify(sock, events, data)
+    return events
+
+
 def block(descriptors: Sequence[int], timeout_s: float) -> None:
     """Sleep until a descriptor is readable or the time is over, exact below a millisecond where `select` allows it."""
     if timeout_s <= 0:

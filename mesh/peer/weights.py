@@ -250,7 +250,7 @@ class Weights:
     # -- what is here
 
     def describe(self) -> list[dict[str, Any]]:
-        """The rows of `mesh models`: what the store holds, and the folders that jobs here opened."""
+        """The rows of `models` in `mesh status --json`: what the store holds, and the folders that jobs here opened."""
         told = [{**row, "root": row["root"].hex()} for row in self._rows]
         known = {row["path"] for row in told}
         for path, name in self._opened.items():

@@ -70,7 +70,6 @@ class Store:
         self._bucket = bucket
         self._cache = Cache(path / "models", self._limit)
         self._local: dict[bytes, LocalModel] = {}
-        self._names: dict[bytes, str] = {}
         self._expected: dict[bytes, tuple[bytes, str, float]] = {}
         self._fetches: dict[int, Fetch] = {}
         self._locks: dict[bytes, trio.Lock] = {}
