@@ -141,16 +141,18 @@ class Channel:
 
     def _send(self, kind: int, meta: bytes, payload: Buffer) -> Ticket:
         if self._writer is None:
-            ticket = Held()
+            held = Held()
             self._held_bytes += check_size(meta, payload)
-            self._held.append((kind, meta, payload, ticket))
-            return ticket
+            self._held.append((kind, meta, payload, held))
+            return held
         now_ns = self._clock()
         self._beat_ns = now_ns
         try:
-            return self._pipe.send(self._writer.write(kind, meta, payload, now_ns))
+            ticket = self._pipe.send(self._writer.write(kind, meta, payload, now_ns))
         except TransportError as error:
             raise type(error)(f"{self.name}: {error}") from None
+        self._writer.sent(ticket)
+        return ticket
 
     def _use(self, keys: Keys) -> None:
         ours, theirs = keys

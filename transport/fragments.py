@@ -66,6 +66,8 @@ class Outgoing:
 
     def sent(self, ticket: Ticket) -> None:
         """Keep the ticket of the piece until its buffers are free."""
+        if self.writer is not None:
+            self.writer.sent(ticket)
         if not ticket.done:
             self._tickets.append(ticket)
 

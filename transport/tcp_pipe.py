@@ -390,7 +390,7 @@ class TcpPipe:
                     self._dishonest(f"a record of kind {self._kind} and {length} bytes")
                     return
                 if length <= end - at:
-                    self._got(memoryview(bytes(data[at : at + length])))
+                    self._got(memoryview(bytearray(data[at : at + length])))
                     at += length
                     continue
                 self._body, self._filled = fresh(length), 0

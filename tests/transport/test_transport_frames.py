@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from transport import FrameError
-from transport.frames import CHUNK_BYTES, HEADER_BYTES, MAX_META_BYTES, FrameReader, FrameWriter
+from transport.buffers import _KEPT_BYTES, Buffers
+from transport.frames import CHUNK_BYTES, HEADER_BYTES, JOINED_BYTES, MAX_META_BYTES, FrameReader, FrameWriter
+from transport.tickets import DONE, Pending
 
 KEY = bytes(range(32))
 keys = st.sampled_from([None, KEY])
@@ -27,7 +30,9 @@ def test_what_is_written_is_read_in_order(key, sent, stamp_ns):
 
 
 @pytest.mark.parametrize("key", [None, KEY], ids=["unsealed", "sealed"])
-@pytest.mark.parametrize("size", [CHUNK_BYTES - 4, CHUNK_BYTES - 3, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES + 5])
+@pytest.mark.parametrize(
+    "size", [JOINED_BYTES - 4, JOINED_BYTES - 3, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES + 5]
+)
 def test_long_frames_are_sealed_in_chunks_and_the_next_frame_still_opens(key, size):
     writer, reader = FrameWriter(key), FrameReader(key)
     payload = bytes(range(251)) * (size // 251) + bytes(size % 251)
@@ -36,6 +41,48 @@ def test_long_frames_are_sealed_in_chunks_and_the_next_frame_still_opens(key, si
         assert frame.meta == b"meta"
         assert frame.payload == payload
     assert reader.read(joined(writer.write(4, b"small", b"", 0))).meta == b"small"
+
+
+@pytest.mark.parametrize("size", [100, JOINED_BYTES, CHUNK_BYTES, 2 * CHUNK_BYTES + 9])
+def test_a_sealed_frame_opens_alike_in_memory_that_may_be_written_and_in_memory_that_may_not(size):
+    payload = bytes(range(256)) * (size // 256 + 1)
+    message = b"".join(FrameWriter(KEY).write(3, b"meta", payload, 0))
+    for data in (memoryview(message), memoryview(bytearray(message))):
+        frame = FrameReader(KEY).read(data)
+        assert (frame.meta, frame.payload) == (b"meta", payload)
+    assert FrameReader(KEY).read(memoryview(message)).payload == payload  # and what may not be written was not
+
+
+def test_a_sealed_payload_lies_in_a_buffer_that_is_used_again_once_its_ticket_is_done():
+    writer, ticket = FrameWriter(KEY), Pending()
+    payload = bytes(CHUNK_BYTES)
+
+    def address(parts):
+        return np.frombuffer(parts[1], np.uint8).ctypes.data
+
+    first = address(writer.write(1, b"", payload, 0))
+    writer.sent(ticket)
+    second = address(writer.write(1, b"", payload, 0))
+    writer.sent(DONE)
+    assert second != first
+    assert address(writer.write(1, b"", payload, 0)) == second
+    # That frame was never said to be sent: its buffer is lost rather than used under somebody's hands.
+    writer.write(1, b"", b"short", 0)
+    writer.sent(DONE)
+    ticket.done = True
+    assert address(writer.write(1, b"", payload, 0)) == first
+
+
+def test_no_more_buffers_are_kept_than_may_be():
+    buffers = Buffers()
+    tickets = [Pending() for _ in range(70)]
+    for ticket in tickets:
+        buffers.take(1 << 20)
+        buffers.lend(ticket)
+    for ticket in tickets:
+        ticket.done = True
+    assert buffers.take(1000).nbytes == 1000
+    assert sum(buffer.nbytes for buffer in buffers._free) <= _KEPT_BYTES - (1 << 20)
 
 
 @given(keys, st.binary(max_size=400))

@@ -1,0 +1,56 @@
+"""Buffers that are used again: a fresh megabyte costs more to be mapped than to be sealed.
+
+A buffer is lent to a message, and comes back when the ticket of that message is done.
+"""
+
+from __future__ import annotations
+
+from transport.base import Ticket
+from transport.tickets import fresh
+
+#: What is kept for the next message, once nothing is under way: pieces of bulk, or one long prompt's hidden states.
+_KEPT_BYTES = 65 << 20
+_MIB = 1 << 20
+
+
+class Buffers:
+    """Buffers of one sender. Sizes are rounded up: to powers of two, from 1 MiB on to whole MiB."""
+
+    def __init__(self) -> None:
+        self._free: list[memoryview] = []
+        self._lent: list[tuple[Ticket, memoryview]] = []
+        self._taken: memoryview | None = None
+
+    def take(self, size: int) -> memoryview:
+        """`size` bytes (1 or more) of no particular content. They are lent by `lend`, and forgotten without it."""
+        if self._lent:
+            self._collect()
+        fitting = [buffer for buffer in self._free if buffer.nbytes >= size]
+        if fitting:
+            self._taken = min(fitting, key=len)
+            self._free = [buffer for buffer in self._free if buffer is not self._taken]
+        else:
+            self._taken = fresh(-(-size // _MIB) * _MIB if size > _MIB else 1 << (size - 1).bit_length())
+        return self._taken[:size]
+
+    def forget(self) -> None:
+        """What was taken last is not lent to anything: it is not used again."""
+        self._taken = None
+
+    def lend(self, ticket: Ticket) -> None:
+        """What was taken last belongs to the message of this ticket until it is done."""
+        if self._taken is not None:
+            self._lent.append((ticket, self._taken))
+            self._taken = None
+
+    def _collect(self) -> None:
+        """Take back what is free again, as much as may be kept."""
+        under_way = []
+        kept = sum(buffer.nbytes for buffer in self._free)
+        for ticket, buffer in self._lent:
+            if not ticket.done:
+                under_way.append((ticket, buffer))
+            elif kept + buffer.nbytes <= _KEPT_BYTES:
+                kept += buffer.nbytes
+                self._free.append(buffer)
+        self._lent = under_way
