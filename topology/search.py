@@ -419,11 +419,16 @@ class Search:
 
     def _grow(self, start: str, size: int, roomiest: Sequence[int]) -> frozenset[str] | None:
         names = [start]
+        far = {s: self.picture.path(start, s).one_way_s for s in self.picture.sites if s != start}
+        room = self._room[start]
         while len(names) < size:
-            left = size - len(names) - 1
-            missing = self._needed - sum(self._room[name] for name in names)
-            can = [s for s in self.picture.sites if s not in names and self._room[s] + sum(roomiest[:left]) >= missing]
+            rest = sum(roomiest[: size - len(names) - 1])
+            can = [s for s in far if self._room[s] + rest >= self._needed - room]
             if not can:
                 return None
-            names.append(min(can, key=lambda s: (min(self.picture.path(n, s).one_way_s for n in names), s)))
+            nearest = min(can, key=lambda s: (far[s], s))
+            names.append(nearest)
+            room += self._room[nearest]
+            del far[nearest]
+            far = {s: min(way_s, self.picture.path(nearest, s).one_way_s) for s, way_s in far.items()}
         return frozenset(names)

@@ -23,12 +23,14 @@ def largest_remainder(total: int, weights: Sequence[float], *, minimum: int = 0)
         raise ValueError(f"weights must be positive and finite, not {list(weights)}")
     scale = max(weights)
     parts = [weight / scale for weight in weights]
-    exact = [total * part / math.fsum(parts) for part in parts]
+    whole = math.fsum(parts)
+    exact = [total * part / whole for part in parts]
     shares = [max(math.floor(value), minimum) for value in exact]
-    while sum(shares) < total:
-        # The share furthest below its exact value gets the next unit.
-        index = max(range(len(shares)), key=lambda i: (exact[i] - shares[i], -i))
-        shares[index] += 1
+    left = total - sum(shares)
+    if left > 0:
+        # One unit each for the shares furthest below their exact values: fewer are left than there are such shares.
+        for index in sorted(range(len(shares)), key=lambda i: (shares[i] - exact[i], i))[:left]:
+            shares[index] += 1
     while sum(shares) > total:
         # Raising small shares to the minimum took too many: the share furthest above its exact value gives one back.
         above = [i for i in range(len(shares)) if shares[i] > minimum]

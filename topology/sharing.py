@@ -9,11 +9,12 @@ Where there are more devices than groups, query heads are shared instead (`topol
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, fields
+from typing import Any, Final
 
 import numpy as np
 
@@ -84,6 +85,20 @@ def share(demand: Demand) -> Shares | None:
 
     Query heads in the place of groups where `demand.heads` says so.
     """
+    found = _shared(*(_frozen(getattr(demand, f.name)) for f in fields(demand)))
+    return None if found is None else (list(found[0]), list(found[1]), list(found[2]))
+
+
+def _frozen(value: object) -> object:
+    if isinstance(value, HeadCut):
+        return value.frozen()
+    return tuple(value) if isinstance(value, Sequence) else value
+
+
+@functools.lru_cache(maxsize=1024)
+def _shared(*parts: Any) -> Shares | None:
+    """`share`, remembered: a mesh has the same devices at many sites, and planning again asks for much again."""
+    demand = Demand(*parts)
     cut = demand.heads
     ideal = fair(demand.groups, demand.group_s) if cut is None else cut.fastest()
     columns = fair(demand.columns, demand.column_s)
@@ -94,6 +109,7 @@ def share(demand: Demand) -> Shares | None:
         return ideal, columns, rows
     rows_s = _slowest(rows, demand.row_s)
     least_s = demand.layers * _slowest(columns, demand.column_s) + rows_s
+    ideal_s = demand.layers * (_slowest(ideal, demand.group_s) if cut is None else cut.slowest(ideal)) + least_s
     best: Shares | None = None
     best_s = math.inf
     for groups, bound_s in _cuts(demand, ideal) if cut is None else _head_cuts(demand, cut):
@@ -108,6 +124,8 @@ def share(demand: Demand) -> Shares | None:
             took_s = attention_s + demand.layers * _slowest(filled, demand.column_s) + _slowest(taken, demand.row_s)
             if took_s < best_s:
                 best, best_s = (list(groups), filled, taken), took_s
+        if best_s <= ideal_s * (1 + 1e-12):
+            break
     return best
 
 
