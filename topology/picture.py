@@ -30,6 +30,8 @@ MAX_FLOPS: Final = 1e21
 MAX_AGE_S: Final = 1e9
 #: A device busier than this is no device to plan with.
 MAX_LOAD: Final = 0.99
+#: Nor is one that takes so many times as long as was measured.
+MAX_PACE: Final = 100.0
 #: Seconds of a layer, or of a row of a matrix, beside its bytes: more is no device to decode on.
 MAX_LAYER_S: Final = 1.0
 #: Devices of a site do not hold one another up more than this.
@@ -244,7 +246,7 @@ def _node(site: Site, device: Device, model: ModelSpec, reserve: bool, notes: li
         flops, instead = _derived(device, model.dtype)
         notes.append(f"{site.name}/{device.name} has no measured {model.dtype} speed, {instead} is assumed")
     # At a batch of one a weight is read once for two operations: the roofline's lower branch is nearly always it.
-    idle = 1 - device.load
+    idle = (1 - device.load) / device.pace
     speed, layer_s = min(device.memory_bandwidth, flops * model.weight_bytes / 2), None
     row_s, together = model.row_bytes / speed, 1.0
     measured = device.decoding.get(model.dtype)
@@ -261,6 +263,8 @@ def _node(site: Site, device: Device, model: ModelSpec, reserve: bool, notes: li
     usable = max(math.floor(free - kept), 0)
     if not usable:
         return None
+    if device.pace != 1.0:
+        notes.append(f"{site.name}/{device.name} takes {device.pace:.2f} times as long as it was measured to, now")
     row_s /= idle
     return Node(site.name, device.name, speed, flops * idle, usable, device.price_per_hour, layer_s, row_s, together)
 
@@ -316,6 +320,8 @@ def _problem(device: Device) -> str:
         return f"price_per_hour is {device.price_per_hour}"
     if not _within(device.load, MAX_LOAD, zero=True):
         return f"load is {device.load}"
+    if not _within(device.pace, MAX_PACE):
+        return f"pace is {device.pace}"
     if not device.flops:
         return "no measured flops"
     for dtype, value in sorted(device.flops.items()):

@@ -49,7 +49,8 @@ class Device:
     `memory_bytes` kept back so that the loss of another site can be absorbed; a plan uses it only if nothing else fits.
     `decoding` is by dtype name, and empty where nobody measured it: then decoding is taken to be bound by
     `memory_bandwidth`. `price_per_hour` is in any currency, one for the whole mesh. `load`: the share of its time
-    others take. `held` is what lies there already: of plans equally good, the one that moves less is taken.
+    others take. `pace`: how many times as long as measured it takes now, as work shows. `held` is what lies there
+    already: of plans equally good, the one that moves less is taken.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Device:
     reserve: float = 0.2
     price_per_hour: float = 0.0
     load: float = 0.0
+    pace: float = 1.0
     held: tuple[Held, ...] = ()
     decoding: dict[str, Decoding] = field(default_factory=dict, hash=False)
 

@@ -9,6 +9,7 @@ the wide one what a byte costs where rows are long. Measured on one core of an A
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,8 +107,8 @@ def decoding(
                     _hurry(clock, end)
     except (RuntimeError, TypeError, NotImplementedError):  # out of memory, or an operation it lacks
         return None
-    least = [min(times) / count for times, count in zip(zip(*rounds, strict=True), counts, strict=True)]
-    return fit(list(zip(samples, least, strict=True)), element)
+    typical = [statistics.median(times) / count for times, count in zip(zip(*rounds, strict=True), counts, strict=True)]
+    return fit(list(zip(samples, typical, strict=True)), element)
 
 
 def _hurry(clock: Callable[[], float], end: float) -> None:

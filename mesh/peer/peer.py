@@ -79,8 +79,8 @@ class Peer:
             await self._service.drain()
 
     def publish_load(self) -> None:
-        """Tell the mesh how much memory is left."""
-        self._gossip.publish("load", self._service.free_bytes())
+        """Tell the mesh how much memory is left, and which devices are slower or faster than they were calibrated."""
+        self._gossip.publish("load", {"free": self._service.free_bytes(), "pace": self._service.paces()})
 
     def publish_jobs(self) -> None:
         """Tell the mesh which jobs this peer owns."""
@@ -114,7 +114,7 @@ class Peer:
         """The document of `mesh status`."""
         rtts = self.rtts_s()
         regions = {site.name: site.region for site in self._view.snapshot().sites}
-        free = self._service.free_bytes()
+        free, paces = self._service.free_bytes(), self._service.paces()
         return {
             **({} if self._cluster is None else {"identity": self._cluster.describe()}),
             "site": self.site,
@@ -133,7 +133,14 @@ class Peer:
                 }
                 for member in self._gossip.members()
             ],
-            "devices": [{**asdict(local.device), "free_bytes": free[local.device.name]} for local in self._devices],
+            "devices": [
+                {
+                    **asdict(local.device),
+                    "free_bytes": free[local.device.name],
+                    "pace": paces.get(local.device.name, 1.0),
+                }
+                for local in self._devices
+            ],
             "models": [] if self._weights is None else self._weights.describe(),
             "jobs": [
                 {

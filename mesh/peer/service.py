@@ -18,9 +18,11 @@ from mesh.devices.local import LocalDevice
 from mesh.errors import MeshError, ModelError, ModelMissing, PeerUnreachable, RequestError, WorkerError
 from mesh.jobs.model import Inspector
 from mesh.jobs.peers import Progress
+from mesh.peer.pace import Pace
 from mesh.peer.weights import Placed, Weights
 from mesh.peer.workers import WorkerPool
 from mesh.runtime.assignment import Assignment
+from mesh.runtime.work import Decoded
 from mesh.weights.locate import there
 from mesh.wire.v1 import peer_pb2
 from topology.plan import device_of
@@ -44,6 +46,7 @@ class Served:
     listeners: set[trio.MemorySendChannel[peer_pb2.WorkerEvent]] = field(default_factory=set)
     orphaned_at: float | None = None
     reserved_bytes: dict[str, int] = field(default_factory=dict)
+    shards: dict[str, Assignment] = field(default_factory=dict)
 
 
 class PeerService:
@@ -79,6 +82,9 @@ class PeerService:
         self._relay = relay
         self._cut = cut
         self._steps: dict[tuple[str, str], int] = {}
+        self._decoded: dict[tuple[str, str], Decoded] = {}
+        self._pace = Pace({name: local.device.decoding for name, local in self._devices.items()})
+        self._paces: dict[str, float] = {}
         self._loading = 0
         self._stepped_s = -math.inf
         self._lease_s = LEASE_S
@@ -91,6 +97,10 @@ class PeerService:
         for name, local in self._devices.items():
             free[name] = max(0, local.device.free_bytes - self._held_bytes(name))
         return free
+
+    def paces(self) -> dict[str, float]:
+        """How many times as long as calibrated the devices take to decode, where that is worth telling."""
+        return dict(self._paces)
 
     @property
     def busy(self) -> bool:
@@ -128,6 +138,7 @@ class PeerService:
         job.reserved_bytes[request.device] = assignment.memory_bytes
         self._loads_changed()
         own = replace(assignment, device=local.torch_device, threads=local.threads)
+        job.shards[request.device] = own
         self._loading += 1
         try:
             return await self._load(own, request, progress)
@@ -243,6 +254,7 @@ class PeerService:
                 message = event.message
                 if message.HasField("alive"):
                     self._note_steps((event.job, message.device), message.alive.steps)
+                    self._note_decoded(event.job, message.device, event.decoded)
                 if message.HasField("failure") and message.failure.fatal:
                     job.reserved_bytes.pop(message.device, None)
                     self._loads_changed()
@@ -254,9 +266,29 @@ class PeerService:
             self._steps[worker] = steps
             self._stepped_s = trio.current_time()
 
+    def _note_decoded(self, name: str, slot: str, decoded: Decoded | None) -> None:
+        """How fast the device is, by what its worker has done since it last said."""
+        shard = self._jobs[name].shards.get(slot)
+        if decoded is None or shard is None:
+            return
+        before = self._decoded.get((name, slot), Decoded())
+        self._decoded[name, slot] = decoded
+        if decoded.steps > before.steps:
+            beside = [each for each in self._jobs[name].shards.values() if each.stage == shard.stage]
+            self._pace.observe(
+                device_of(slot), shard.dtype, decoded.since(before), trio.current_time(), together=len(beside) > 1
+            )
+
+    def _look_at_paces(self) -> None:
+        paces = self._pace.told(trio.current_time())
+        if paces != self._paces:
+            self._paces = paces
+            self._on_load()
+
     async def _end_orphans(self) -> None:
         while True:
             await trio.sleep(LEASE_S / 5)
+            self._look_at_paces()
             now = trio.current_time()
             for name, job in list(self._jobs.items()):
                 for listener in list(job.listeners):
@@ -269,7 +301,9 @@ class PeerService:
         for device in [device for device in job.reserved_bytes if device not in keep]:
             await self._pool.release(name, device)
             job.reserved_bytes.pop(device, None)
+            job.shards.pop(device, None)
             self._steps.pop((name, device), None)
+            self._decoded.pop((name, device), None)
         if not job.reserved_bytes and not job.listeners:
             self._jobs.pop(name, None)
         self._loads_changed()

@@ -18,6 +18,7 @@ from mesh.gossip.distances import COORDINATES, LINKS, read_coordinate
 from mesh.gossip.links import LinkReport, read
 from mesh.jobs.peers import PeerCalls
 from mesh.peer.calls import RemotePeer
+from mesh.peer.pace import LEAST_PACE, MOST_PACE
 from mesh.peer.pairs import links_between
 from mesh.peer.weights import HELD, read_held
 from topology.displace import RunningJob
@@ -229,8 +230,8 @@ def _site(name: str, entry: Mapping[str, Any], load: Mapping[str, Any], held: tu
     devices = entry["devices"]
     if not isinstance(devices, list) or not 0 < len(devices) <= MAX_DEVICES:
         raise ValueError(f"a site has 1 to {MAX_DEVICES} devices")
-    free = load if isinstance(load, Mapping) else {}
-    found = tuple(replace(_device(device, free), held=held) for device in devices)
+    free, paces = ((load.get(key) if isinstance(load, Mapping) else None) for key in ("free", "pace"))
+    found = tuple(replace(_device(device, _mapping(free), _mapping(paces)), held=held) for device in devices)
     site = Site(name, str(entry["region"]), found, relays=entry.get("relays") is True)
     if entry.get("local_rtt_s") is None:
         return site
@@ -246,7 +247,11 @@ def _held(entry: Any) -> tuple[Held, ...]:
     )
 
 
-def _device(entry: Mapping[str, Any], free: Mapping[str, Any]) -> Device:
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _device(entry: Mapping[str, Any], free: Mapping[str, Any], paces: Mapping[str, Any]) -> Device:
     memory = int(_number(entry["memory_bytes"], MAX_BYTES))
     name = str(entry["name"])
     return Device(
@@ -258,8 +263,16 @@ def _device(entry: Mapping[str, Any], free: Mapping[str, Any]) -> Device:
         flops={str(dtype): _number(speed, MAX_SPEED) for dtype, speed in entry["flops"].items()},
         memory_bandwidth=_number(entry["memory_bandwidth"], MAX_SPEED),
         reserve=_number(entry["reserve"], 1.0),
+        pace=_pace(paces.get(name, 1.0)),
         decoding={str(dtype): _decoding(figures) for dtype, figures in entry.get("decoding", {}).items()},
     )
+
+
+def _pace(value: Any) -> float:
+    pace = _number(value, MOST_PACE)
+    if pace < LEAST_PACE:
+        raise ValueError(f"a pace of {pace} is that of no device")
+    return pace
 
 
 def _decoding(figures: Mapping[str, Any]) -> Decoding:

@@ -39,6 +39,7 @@ from mesh.runtime.protocol import (
     Stop,
     TokenEvent,
 )
+from mesh.runtime.work import Decoded
 from mesh.wire.v1 import peer_pb2
 
 #: Loading is bound by the disk; the owner gives up earlier if it knows better.
@@ -50,10 +51,11 @@ COMMAND_S = 30.0
 
 
 class PoolEvent(NamedTuple):
-    """What a worker of `job` reported: a token, a failure or that it lives."""
+    """What a worker of `job` reported: a token, a failure or that it lives, and then what it has decoded so far."""
 
     job: str
     message: peer_pb2.WorkerEvent
+    decoded: Decoded | None = None
 
 
 class WorkerPool:
@@ -207,6 +209,7 @@ class WorkerPool:
                 del self._workers[worker.job, worker.device]
 
     def _report(self, worker: WorkerProcess, event: TokenEvent | FailureEvent | AliveEvent) -> None:
+        decoded = None
         epoch = peer_pb2.Epoch(counter=event.epoch[0], owner=event.epoch[1])
         message = peer_pb2.WorkerEvent(device=worker.device, epoch=epoch)
         match event:
@@ -226,8 +229,9 @@ class WorkerPool:
                 )
             case AliveEvent():
                 message.alive.CopyFrom(peer_pb2.AliveEvent(steps=event.steps))
+                decoded = event.decoded
         try:
-            self._events.send_nowait(PoolEvent(worker.job, message))
+            self._events.send_nowait(PoolEvent(worker.job, message, decoded))
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass  # nobody listens to this pool any more
 

@@ -39,6 +39,7 @@ from mesh.runtime.protocol import (
     Stop,
 )
 from mesh.runtime.ring import Ring, Sampler
+from mesh.runtime.work import NOTHING_DECODED, Decoded
 from transport import TransportError
 
 #: A worker with nothing to do looks at its commands this often even if a wake-up was lost.
@@ -73,6 +74,7 @@ class Engine:
         self._connect: tuple[Connect, float] | None = None
         self._ring: Ring | None = None
         self._steps_before = 0
+        self._decoded_before = NOTHING_DECODED
         self._spin_until = 0.0
         inbox.wake = self.links.wake
 
@@ -80,6 +82,12 @@ class Engine:
     def steps(self) -> int:
         """Forward passes since the worker began."""
         return self._steps_before + (self._ring.steps if self._ring is not None else 0)
+
+    @property
+    def decoded(self) -> Decoded:
+        """Decoding steps since the worker began."""
+        ring = self._ring
+        return self._decoded_before if ring is None else ring.decoded
 
     def run(self) -> None:
         """Turn until released."""
@@ -169,7 +177,7 @@ class Engine:
         if self._connect is not None:
             command, self._connect = self._connect[0], None
             self._emit(Reply.of_error(command.id, WorkerError(f"connecting was {why}")))
-        self._steps_before = self.steps
+        self._steps_before, self._decoded_before = self.steps, self.decoded
         self._ring = None
         self.links.drop()
         if self._model is not None:
@@ -229,7 +237,14 @@ class Engine:
 
             self._sample = sample
         self._ring = Ring(
-            self._prepared(), self._model, self.links, self._emit, self._sample, epoch=self.epoch, clock=self._clock
+            self._prepared(),
+            self._model,
+            self.links,
+            self._emit,
+            self._sample,
+            epoch=self.epoch,
+            decoded=self._decoded_before,
+            clock=self._clock,
         )
         self._emit(Reply(command.id))
         return True

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import msgpack
 
 from mesh.errors import BY_CODE, MeshError, WorkerError
+from mesh.runtime.work import NOTHING_DECODED, Decoded
 
 #: A job's totally ordered (counter, owner) pair.
 Epoch = tuple[int, str]
@@ -217,11 +218,15 @@ class FailureEvent:
 
 @dataclass(frozen=True, slots=True)
 class AliveEvent:
-    """Said at least once a second. `steps` counts the forward passes so far: the owner watches that it grows."""
+    """Said at least once a second. `steps` counts the forward passes so far: the owner watches that it grows.
+
+    `decoded` is what of them decoded (`mesh.runtime.work.Decoded`): its daemon watches how fast the device is.
+    """
 
     name: ClassVar[str] = "alive"
     epoch: Epoch
     steps: int
+    decoded: Decoded = NOTHING_DECODED
 
 
 Event = Reply | Progress | TokenEvent | FailureEvent | AliveEvent
@@ -300,6 +305,7 @@ def _plain(value: Any) -> Any:
 _FIELDS: dict[str, Callable[[Any], Any]] = {
     "epoch": lambda value: (int(value[0]), str(value[1])),
     "backends": tuple,
+    "decoded": lambda value: Decoded(*(float(number) for number in value)),
     "neighbours": lambda value: tuple(Neighbour(**item) for item in value),
 }
 

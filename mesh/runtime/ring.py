@@ -18,6 +18,7 @@ from mesh.runtime.links import Links
 from mesh.runtime.loading import Model
 from mesh.runtime.protocol import Epoch, Event, ProtocolError, Request, TokenEvent
 from mesh.runtime.scheduler import Scheduler
+from mesh.runtime.work import NOTHING_DECODED, Decoded
 from transport import Channel, Message
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Ring:
         sample: Sampler,
         *,
         epoch: Epoch,
+        decoded: Decoded = NOTHING_DECODED,
         collective_s: float = COLLECTIVE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -66,6 +68,7 @@ class Ring:
 
         self.broken = False
         self.steps = 0
+        self.decoded = decoded
         self._a = assignment
         self._model = model
         self._links = links
@@ -216,6 +219,7 @@ class Ring:
             hidden = self._unpacked(payload, step.length)
         if self._group is not None:
             self._group.spent_s = 0.0
+        began = self._clock()
         output = self._model.forward(
             str(step.number),
             step.position,
@@ -228,7 +232,15 @@ class Ring:
         )
         self._filled[step.number] = step.position + step.length
         self.steps += 1
+        if step.length == 1:
+            self._note_decoded(step.position, self._clock() - began)
         return output
+
+    def _note_decoded(self, position: int, seconds: float) -> None:
+        work = self._model.work(position)
+        if work is not None:
+            spent_s = 0.0 if self._group is None else self._group.spent_s
+            self.decoded = self.decoded.after(max(0.0, seconds - spent_s), work)
 
     def _packed(self, states: torch.Tensor) -> memoryview:
         if not self._a.code:

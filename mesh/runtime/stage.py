@@ -24,6 +24,7 @@ from mesh.runtime.fused_model import FusedModel
 from mesh.runtime.shape import shape_of
 from mesh.runtime.shard import TORCH_DTYPES
 from mesh.runtime.source import ModelSource, open_model
+from mesh.runtime.work import Work, step_work
 
 Progress = Callable[[int, int], None]
 #: How long one collective may take before the neighbours are given up.
@@ -76,6 +77,7 @@ class StageModel:
             dtype=TORCH_DTYPES[a.dtype],
             device=torch.device(a.device),
         )
+        self._work = step_work(a, source.config, engine.hidden, engine.head_dim)
 
     @classmethod
     def load(cls, a: Assignment, progress: Progress | None = None, *, general: bool = False) -> StageModel:
@@ -186,6 +188,13 @@ class StageModel:
     def close(self) -> None:
         """Close the model's files."""
         self._source.close()
+
+    def work(self, position: int) -> Work | None:
+        """What a decoding step at this position takes; None for an accelerator, whose steps end after they return."""
+        if self._work is None or not self.assignment.device.startswith("cpu"):
+            return None
+        step, position_bytes = self._work
+        return step._replace(size_bytes=step.size_bytes + position * position_bytes)
 
     @property
     def hidden(self) -> int:

@@ -117,7 +117,7 @@ class Control:
     def _say_alive(self) -> None:
         engine = self.engine
         if engine is not None:
-            self._outbox.offer(AliveEvent(engine.epoch, engine.steps))
+            self._outbox.offer(AliveEvent(engine.epoch, engine.steps, engine.decoded))
         else:
             self._outbox.offer(AliveEvent((0, ""), 0))
 

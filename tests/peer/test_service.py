@@ -14,10 +14,13 @@ from mesh.errors import ModelError, RequestError, WorkerError
 from mesh.peer.service import LEASE_S, PeerService
 from mesh.peer.workers import PoolEvent
 from mesh.runtime.assignment import Assignment
+from mesh.runtime.work import Decoded
 from mesh.wire.v1 import peer_pb2
-from topology.snapshot import Device
+from topology.snapshot import Decoding, Device
 
 MEMORY = 1000
+#: A step of one layer and nothing else takes ten milliseconds.
+DECODING = Decoding(0.01, 0.0, 1e9)
 
 
 class FakePool:
@@ -43,7 +46,9 @@ class FakePool:
 @asynccontextmanager
 async def serving(**options):
     devices = [
-        LocalDevice(Device(name, "cpu", "test", MEMORY, MEMORY, {"float32": 1.0}, 1.0), "cpu", 3)
+        LocalDevice(
+            Device(name, "cpu", "test", MEMORY, MEMORY, {"float32": 1.0}, 1.0, decoding={"float32": DECODING}), "cpu", 3
+        )
         for name in ("cpu0", "cpu1")
     ]
     pool = FakePool()
@@ -248,3 +253,17 @@ async def test_two_shards_of_one_job_share_a_device_under_two_names(autojump_clo
         assert service.free_bytes()["cpu0"] == MEMORY - 800
         with pytest.raises(WorkerError, match="left"):
             await service.prepare(prepare(device="cpu0#2", memory=400), lambda done, total: None)
+
+
+async def test_a_device_whose_steps_take_longer_than_calibrated_is_told_as_slower_until_it_is_not(autojump_clock):
+    async with serving() as (service, pool):
+        await service.prepare(prepare(), nothing)
+        alive = peer_pb2.WorkerEvent(device="cpu0", alive=peer_pb2.AliveEvent(steps=1))
+        pool.send.send_nowait(PoolEvent("j", alive, Decoded(400, 4.0, 400)))
+        await trio.sleep(2)
+        assert service.paces() == {}
+        pool.send.send_nowait(PoolEvent("j", alive, Decoded(800, 4.0 + 100.0, 800)))
+        await trio.sleep(2)
+        assert service.paces() == {"cpu0": 20.0}
+        await trio.sleep(700)
+        assert service.paces() == {}

@@ -46,12 +46,13 @@ def test_present_sites_with_their_load_and_links_make_the_snapshot():
     snapshot = view(
         {
             "capabilities": {"a": capabilities(), "b": capabilities()},
-            "load": {"b": {"cpu0": 250}},
+            "load": {"b": {"free": {"cpu0": 250}, "pace": {"cpu0": 1.5}}},
             "links": {"a": {"b": [20_000, 21_000, 1_000, 0, True, True, None, 2, None]}},
         }
     ).snapshot()
     assert [site.name for site in snapshot.sites] == ["a", "b"]
     assert snapshot.sites[1].devices[0].free_bytes == 250
+    assert [site.devices[0].pace for site in snapshot.sites] == [1.0, 1.5]
     assert snapshot.links[0].rtt_s == 0.02
 
 

@@ -12,6 +12,7 @@ from mesh.runtime.engine import Engine
 from mesh.runtime.inbox import Inbox
 from mesh.runtime.links import Links
 from mesh.runtime.protocol import Connect, Epoch, Event, Neighbour, Prepare, Reply, Request, Start, TokenEvent
+from mesh.runtime.work import Work
 from transport import open_fabric
 
 VOCAB = 97
@@ -67,6 +68,9 @@ class FakeModel:
 
     def drop_all(self):
         self.held.clear()
+
+    def work(self, position):
+        return Work(1, 2, 3 + position)
 
 
 def following(tokens: list[int]) -> int:
