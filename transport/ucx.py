@@ -3,8 +3,8 @@
 Endpoints have error handling on, or a dead neighbour would look alive. Shared memory takes part in that only when told
 to (`ucx_binding.CONFIG`), and then does not tell when a neighbour dies: `ucx_life` does.
 
-Driven through UCXX's low-level binding (`ucxx._lib.libucxx`, UCXX 0.52, UCX 1.21) by polling, without its asyncio layer
-and without a progress thread (deadlocks: ucxx#123, #687).
+Contexts, workers and endpoints are UCXX's (`ucxx._lib.libucxx`, UCXX 0.52, UCX 1.21), driven by polling, without its
+asyncio layer and without a progress thread (deadlocks: ucxx#123, #687); messages go past it (`ucx_direct`).
 
 **Set-up.** A listener's address is the UCX worker's address and a random tag. A connector makes an endpoint from it,
 draws two random tags for the pipe, one a direction, and sends them with its own worker address as a hello to the
@@ -12,9 +12,10 @@ listener's tag. The listener makes its endpoint from that. The connector need no
 before the listener knows of it waits in UCX. Worker addresses are parsed by UCX without much care, so both carry a
 checksum; the listener's travels over the authenticated control plane anyway.
 
-**Messages.** Each direction has two tags. On the first travel control messages of at most `SLOT_BYTES`, into slots
-that are posted ahead: a small message whole, or the layout of a long one, whose long parts follow on the second tag
-without a copy into receives posted to size. UCX matches messages of one tag in order, and so are messages given.
+**Messages.** Each direction has several tags. On the first travel control messages of at most `SLOT_BYTES`: a small
+message whole, or the layout of a long one, whose long parts follow on another tag without a copy into receives posted
+to size. UCX matches messages of one tag in order, and so are messages given. To another machine long messages take
+turns on several endpoints, each with a tag of its own: see `ucx_send`.
 
 **Back-pressure.** UCX buffers what nobody receives without a bound, so the pipe has a window: the receiver reports
 what was taken, the sender holds back what exceeds the window.
@@ -22,9 +23,10 @@ what was taken, the sender holds back what exceeds the window.
 **The end.** Closing an endpoint is abrupt, and with a long send in flight the other end was not told at all. So a pipe
 ends with FIN and its answer, or with RST; a killed process is noticed by UCX (measured: 1 to 7 ms) and reported by the
 endpoint's close callback.
-Three habits of the binding shape `_release`: `UCXEndpoint.close()` on an endpoint that failed crashes the process (so
-only `close_blocking()`, 60 us); a receive posted on a failed endpoint stays posted until `cancel_inflight_requests`;
-`Array` does not keep its buffer, so every request is kept with its array until it has completed.
+Two habits shape `UcxPipe._release`: `UCXEndpoint.close()` on an endpoint that failed crashes the process (so only
+`close_blocking()`, 60 us, which also ends what is being sent); and a receive belongs to the worker, not to the
+endpoint, so it stays posted until it is cancelled, and one that has begun to arrive goes on. Every request is kept
+with its buffer until it has completed.
 """
 
 from __future__ import annotations
@@ -39,23 +41,26 @@ from collections.abc import Mapping
 from typing import Any
 
 from transport.base import AddressError
-from transport.tickets import fresh
-from transport.ucx_binding import CONFIG, OPERATORS, Array, network_devices, ucx
+from transport.ucx_binding import CONFIG, OPERATORS, network_devices, ucx
+from transport.ucx_direct import Transfer, UcxFailure
 from transport.ucx_life import WORD_BYTES, word
 from transport.ucx_pipe import UcxPipe
+from transport.ucx_receive import Slot
 from transport.waiting import SPIN_S, Gate, wait_any
 
-_PREFIX = b"ucx2"
+_PREFIX = b"ucx3"
 _VERSION = struct.Struct("<3B")
 _TAG = struct.Struct("<Q")
 _CHECK_BYTES = 8
-_HELLO = struct.Struct(f"<8sQQ{WORD_BYTES}s")
-_HELLO_MAGIC = b"ISTHUCX2"
+_HELLO = struct.Struct(f"<8sQQQ{WORD_BYTES}s")
+_HELLO_MAGIC = b"ISTHUCX3"
 _HELLO_LIMIT = 4096
 
 _UNACCEPTED = 64
 _LINGER_S = 1.0
 _PROGRESS_STEPS = 32
+#: Over TCP an endpoint is a connection (ucx#4221), and one connection fills no wide link.
+_STREAMS = 4
 
 
 class UcxListener:
@@ -64,12 +69,12 @@ class UcxListener:
     def __init__(self, fabric: UcxFabric) -> None:
         self._fabric = fabric
         tag = _random_tag()
-        self._tag = ucx.UCXXTag(tag)
         self._waiting: deque[UcxPipe] = deque()
-        self._reading: tuple[Any, Any, memoryview] | None = None
+        self._slot = Slot(fabric._worker.handle, tag, _HELLO_LIMIT)
         body = _PREFIX + _VERSION.pack(*ucx.get_ucx_version()) + _TAG.pack(tag) + word() + fabric._address
         self.address = body + _checksum(body)
         fabric._listeners[self] = None
+        fabric._dirty = True
 
     def accept(self) -> UcxPipe | None:
         """The next pipe, or None."""
@@ -77,41 +82,28 @@ class UcxListener:
 
     def close(self) -> None:
         """Stop accepting; pipes nobody accepted break."""
-        self._fabric._listeners.pop(self, None)
-        if self._reading is not None:
-            self._fabric._graveyard.append(self._reading[:2])
-            self._reading = None
+        if self._fabric._listeners.pop(self, self) is None:
+            self._fabric._graveyard.extend(self._slot.release())
         while self._waiting:
             self._waiting.popleft().abort()
 
     def _advance(self) -> bool:
-        worker, moved = self._fabric._worker, False
+        moved = False
         while True:
-            if self._reading is None:
-                probe = worker.tag_probe(self._tag, ucx.UCXXTagMaskFull, True)
-                if not probe.matched:
-                    return moved
-                # Whatever arrived must be received to leave UCX, whatever its length.
-                view = fresh(max(1, probe.length))
-                array = Array(view[: probe.length] if probe.length else view)
-                self._reading = (worker.tag_recv_with_handle(array, probe), array, view)
-            request, _, view = self._reading
-            if not request.completed:
-                return moved
-            self._reading = None
-            moved = True
             try:
-                request.check_error()
-                self._welcome(view)
-            except (ucx.UCXError, ValueError, struct.error):
+                if not self._slot.arrived():
+                    return moved
+                moved = True
+                self._welcome(self._slot.view)
+            except (UcxFailure, ucx.UCXError, ValueError, struct.error):
                 pass  # not a hello, or from somebody who cannot be reached: nothing to answer
 
     def _welcome(self, view: memoryview) -> None:
-        hello = bytes(view)
-        if not _HELLO.size + _CHECK_BYTES < len(hello) <= _HELLO_LIMIT or not _intact(hello):
+        magic, length, here, there, life = _HELLO.unpack_from(view)
+        if magic != _HELLO_MAGIC or not _HELLO.size + _CHECK_BYTES < length <= view.nbytes:
             return
-        magic, here, there, life = _HELLO.unpack_from(hello)
-        if magic != _HELLO_MAGIC or (here | there) & 0xFF or here in self._fabric._tags:
+        hello = bytes(view[:length])
+        if not _intact(hello) or (here | there) & 0xFF or here in self._fabric._tags:
             return
         if len(self._waiting) >= _UNACCEPTED:
             self._waiting.popleft().abort()
@@ -124,16 +116,23 @@ class UcxListener:
 class UcxFabric:
     """The UCX backend of one thread: one context and one worker, made at the first `listen` or `connect`.
 
-    config: UCX settings beside `CONFIG`, without the UCX_ prefix. linger_s: how long a goodbye may take.
+    config: UCX settings beside `CONFIG`, without the UCX_ prefix. linger_s: how long a goodbye may take. streams:
+    endpoints that long messages to a process on another machine go over in turn, at most `LANES`.
     """
 
     name = "ucx"
 
     def __init__(
-        self, *, spin_s: float = SPIN_S, linger_s: float = _LINGER_S, config: Mapping[str, str] | None = None
+        self,
+        *,
+        spin_s: float = SPIN_S,
+        linger_s: float = _LINGER_S,
+        streams: int = _STREAMS,
+        config: Mapping[str, str] | None = None,
     ) -> None:
         self.spin_s = spin_s
         self.linger_s = linger_s
+        self.streams = streams
         self._config = dict(config or {})
         self._gate = Gate()
         self._context: Any = None
@@ -143,7 +142,8 @@ class UcxFabric:
         self._bulky: dict[UcxPipe, None] = {}
         self._listeners: dict[UcxListener, None] = {}
         self._tags: set[int] = set()
-        self._graveyard: list[tuple[Any, Any]] = []
+        self._again: dict[UcxPipe, None] = {}
+        self._graveyard: list[Transfer] = []
         self._dirty = False
         self._expiry = 0.0
 
@@ -172,8 +172,10 @@ class UcxFabric:
             pipe = UcxPipe(self, body[start:], body[life:start], send_tag=there, receive_tag=here, connecting=True)
         except ucx.UCXError as error:
             raise AddressError(f"ucx cannot reach that address: {error}; use tcp") from None
-        hello = _HELLO.pack(_HELLO_MAGIC, there, here, word()) + self._address
-        pipe._post(hello + _checksum(hello), ucx.UCXXTag(listener))
+        length = _HELLO.size + len(self._address) + _CHECK_BYTES
+        hello = _HELLO.pack(_HELLO_MAGIC, length, there, here, word()) + self._address
+        pipe._out.post(hello + _checksum(hello), listener)
+        self._dirty = True
         return pipe
 
     def progress(self) -> bool:
@@ -181,22 +183,21 @@ class UcxFabric:
         worker = self._worker
         if worker is None:
             return False
-        once = worker.progress_once
         if self._bulky:
             for pipe in tuple(self._bulky):
                 pipe.pump()
-        moved = self._dirty
+        once = worker.progress_once
+        if self._dirty:
+            self._dirty = False
+            once()
+            return self._look()
         for _ in range(_PROGRESS_STEPS):
             if not once():
                 break
-            moved = True
-        if moved:
-            self._dirty = False
+            if self._look():
+                return True
+        if self._again:
             return self._look()
-        for pipe in self._pipes:
-            if pipe._slots.used:
-                pipe._slots.repost()
-                return False  # one at a time: an answer may be about to arrive
         now = time.monotonic()
         if now >= self._expiry:
             self._expiry = now + 0.02
@@ -205,6 +206,7 @@ class UcxFabric:
 
     def _look(self) -> bool:
         moved = False
+        self._again.clear()
         for pipe in tuple(self._pipes):
             if pipe._advance():
                 moved = True
@@ -213,7 +215,7 @@ class UcxFabric:
                 if listener._advance():
                     moved = True
         if self._graveyard:
-            self._graveyard = [pair for pair in self._graveyard if not pair[0].completed]
+            self._graveyard = [transfer for transfer in self._graveyard if not transfer.completed]
         return moved
 
     def _expire(self, now: float) -> None:
@@ -243,7 +245,7 @@ class UcxFabric:
         """False when UCX has work already."""
         if self._worker is None:
             return not self._gate.ready()
-        if self._dirty or not self._worker.arm():
+        if self._dirty or self._again or not self._worker.arm():
             return False
         return not self._gate.ready()
 
@@ -266,9 +268,12 @@ class UcxFabric:
             for _ in range(_PROGRESS_STEPS):
                 self._worker.progress_once()
             self._gate.selector.unregister(self._worker.epoll_file_descriptor)
-            self._worker.cancel_inflight_requests(0, 1)
+            buffers = [transfer.kept for transfer in self._graveyard]
+            for transfer in self._graveyard:
+                transfer.abandon()
             self._graveyard.clear()
             self._worker = self._context = None
+            del buffers  # UCX may have written into them up to here
         self._gate.close()
 
     def _start(self, host: str | None) -> None:

@@ -35,6 +35,12 @@ def word() -> bytes:
     return _WORD.pack(_place(), os.getpid())
 
 
+def is_near(word: bytes) -> bool:
+    """Whether that process runs on this machine."""
+    place, _ = _WORD.unpack(word)
+    return bool(place == _place() and place != _NOWHERE)
+
+
 def watch(word: bytes) -> int | None:
     """A descriptor that turns readable when that process ends; None where it cannot be watched, or is this one.
 

@@ -1,7 +1,7 @@
-"""The pipe of the UCX backend: one endpoint, two tags a direction. See `transport.ucx` for how it all fits together.
+"""The pipe of the UCX backend: endpoints, and two tags or more a direction. See `transport.ucx` for how it all fits.
 
-What a message costs here is Python: a send 3 us, a receive and posting the next one 4 us (UCXX 0.52), where UCX itself
-takes 0.1 us over shared memory. So nothing is called twice, and what can wait until nothing arrives does.
+What a message costs here is Python (UCX itself takes 0.1 us over shared memory): so nothing is called twice, and what
+can wait until nothing arrives does.
 """
 
 from __future__ import annotations
@@ -25,91 +25,51 @@ from transport.base import (
     TransportError,
 )
 from transport.bulk import BulkQueue
-from transport.tickets import DONE, again, size_bytes
-from transport.ucx_binding import Array, ucx
-from transport.ucx_life import watch
-from transport.ucx_receive import Arrivals, Slots
-from transport.ucx_wire import (
-    CONTROL,
-    CREDIT,
-    DATA,
-    FIN,
-    FIN_ACK,
-    LONG,
-    RST,
-    SMALL_BYTES,
-    lay_out,
-)
+from transport.tickets import again, size_bytes
+from transport.ucx_binding import ucx
+from transport.ucx_life import is_near, watch
+from transport.ucx_receive import Arrivals, Slot
+from transport.ucx_send import WINDOW_BYTES, Lane, Outbox
+from transport.ucx_wire import CONTROL, CREDIT, DATA, FIN, FIN_ACK, LANES, LONG, RST, SMALL_BYTES
 
 if TYPE_CHECKING:
     from transport.ucx import UcxFabric
 
-_WINDOW_BYTES = 64 << 20
 #: How long a connector waits for the listener's answer, and the end that answered a FIN keeps the endpoint for it.
 CONNECT_S = 10.0
 ANSWER_S = 0.2
 
 
-class _Failed:
-    """A request that UCX refused: complete, in its way."""
-
-    completed = True
-
-
-_FAILED = _Failed()
-
-
-class _Tickets:
-    """The fate of a message sent from where it lies."""
-
-    __slots__ = ("_requests",)
-
-    def __init__(self) -> None:
-        self._requests: list[Any] | None = None  # None: still held back by the window
-
-    @property
-    def done(self) -> bool:
-        """True once UCX needs the buffers no more."""
-        if self._requests is None:
-            return False
-        self._requests = [request for request in self._requests if not request.completed]
-        return not self._requests
-
-
 class UcxPipe:
-    """One endpoint and two tags a direction. Control messages are read ahead; messages are given in order."""
+    """Messages to and from one neighbour. Control messages are read ahead by one; messages are given in order."""
 
     def __init__(
         self, fabric: UcxFabric, address: bytes, life: bytes, *, send_tag: int, receive_tag: int, connecting: bool
     ) -> None:
         self._fabric = fabric
         self._name = f"ucx pipe {receive_tag >> 8:014x}"
-        self._endpoint: Any = ucx.UCXEndpoint.create_from_worker_address(
-            fabric._worker, ucx.UCXAddress.create_from_buffer(address), True
-        )
-        self._send_tag, self._send_bulk = ucx.UCXXTag(send_tag), ucx.UCXXTag(send_tag | 1)
-        self._tag = receive_tag
+        self._address = address
         self._failed = False
+        self._endpoints: list[Any] = []
+        self._streams = min(1 if is_near(life) else fabric.streams, LANES)
+        self._tag = receive_tag
         self._life: int | None = None
-        self._endpoint.set_close_callback(self._on_close)
         self._answered_by = time.monotonic() + CONNECT_S if connecting else None
         self._trusted = connecting
         self._given = 0
-        self._sending: deque[tuple[Any, Any, int]] = deque()
-        self._sending_bytes = 0
-        self._held: deque[tuple[Sequence[Buffer], int, _Tickets | None]] = deque()
-        self._held_bytes = 0
-        self._sent_bytes = self._credited_bytes = 0
         self._taken_bytes = self._reported_bytes = 0
         self._inbox: deque[memoryview] = deque()
         self._bulk = BulkQueue()
-        self._fin_arrived = False
+        self._fin_arrived = self._fin_answered = False
         self._ended: TransportError | None = None
         self._release_by: float | None = None
         self._released = False
-        self._slots = Slots(self._endpoint, ucx.UCXXTag(receive_tag))
-        self._arrivals = Arrivals(self._endpoint, ucx.UCXXTag(receive_tag | 1), 2 * _WINDOW_BYTES)
+        worker = fabric._worker.handle
+        self._out = Outbox(self._endpoint(), send_tag, self._lanes)
+        self._slot = Slot(worker, receive_tag)
+        self._arrivals = Arrivals(worker, receive_tag, 2 * WINDOW_BYTES)
         fabric._pipes[self] = None
+        fabric._again[self] = None
         fabric._tags.add(receive_tag)
         try:
             self._life = watch(life)
@@ -117,6 +77,25 @@ class UcxPipe:
             self._failed = True
         if self._life is not None:
             fabric._gate.selector.register(self._life, selectors.EVENT_READ, self)
+
+    def _endpoint(self) -> int:
+        """The handle of another endpoint to the neighbour."""
+        address = ucx.UCXAddress.create_from_buffer(self._address)
+        endpoint = ucx.UCXEndpoint.create_from_worker_address(self._fabric._worker, address, True)
+        endpoint.set_close_callback(self._on_close)
+        self._endpoints.append(endpoint)
+        handle: int = endpoint.handle
+        return handle
+
+    def _lanes(self) -> list[Lane]:
+        """The endpoints of long messages: the pipe's own, or where the neighbour is on another machine, several."""
+        if self._streams == 1:
+            return [Lane(self._out.endpoint, 1)]
+        try:
+            return [Lane(self._endpoint(), number) for number in range(1, self._streams + 1)]
+        except ucx.UCXError:
+            self._on_close()  # the next progress tells
+            return [Lane(self._out.endpoint, 1)]
 
     # -- the seam
 
@@ -127,19 +106,11 @@ class UcxPipe:
         length = size_bytes(parts)
         if length > MAX_MESSAGE_BYTES:
             raise ValueError(f"a message of {length} bytes exceeds {MAX_MESSAGE_BYTES}; send it in pieces")
-        small = length <= SMALL_BYTES
-        if self._held or self._sent_bytes - self._credited_bytes >= _WINDOW_BYTES:
-            ticket = None if small else _Tickets()
-            self._held.append(((b"".join(parts),) if small else parts, length, ticket))
-            self._held_bytes += length
-            return DONE if ticket is None else ticket
-        if small:
-            self._sent_bytes += length
-            self._post(b"".join((CONTROL.pack(DATA, 0, 0, 0, length), *parts)), self._send_tag)
-            return DONE
-        tickets = _Tickets()
-        self._send_long(parts, length, tickets)
-        return tickets
+        out = self._out
+        ticket = out.send(parts, length)
+        if out.sending or out.failed:
+            self._fabric._dirty = True
+        return ticket
 
     def send_bulk(self, source: Source) -> None:
         """Queue a source; its pieces go when little else waits."""
@@ -161,7 +132,7 @@ class UcxPipe:
         if self._inbox:
             message = self._inbox.popleft()
             self._taken_bytes += message.nbytes
-            if self._taken_bytes - self._reported_bytes >= _WINDOW_BYTES // 4 and not self._released:
+            if self._taken_bytes - self._reported_bytes >= WINDOW_BYTES // 4 and not self._released:
                 self._report()
             return message
         if self._ended is not None:
@@ -176,8 +147,10 @@ class UcxPipe:
     @property
     def pending_bytes(self) -> int:
         """Bytes held back by the window or not yet handed on by UCX."""
-        self._reap()
-        return self._held_bytes + self._sending_bytes
+        out = self._out
+        if out.sending:
+            out.reap()
+        return out.pending_bytes
 
     @property
     def bulk_pending_bytes(self) -> int:
@@ -185,20 +158,42 @@ class UcxPipe:
         return self._bulk.pending_bytes
 
     @property
+    def left_bytes(self) -> int:
+        """Bytes that UCX has handed on."""
+        self._out.reap()
+        return self._out.sent_bytes - self._out.sending_bytes
+
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes of long messages whose parts are on their way."""
+        return self._arrivals.waiting_bytes
+
+    @property
+    def grain_bytes(self) -> int:
+        """UCX tells when a message has left or arrived, and nothing before: the oldest that is on its way."""
+        sending = self._out.sending
+        return max(sending[0].nbytes if sending else 0, self._arrivals.oldest_bytes)
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """UCX does not tell."""
+        return None
+
+    @property
     def least_rtt_s(self) -> float | None:
         """UCX does not tell."""
         return None
 
     def close(self) -> None:
-        """Say FIN behind what was sent; the fabric waits for the answer and releases the endpoint."""
+        """Say FIN behind what was sent; the fabric waits for the answer and releases the endpoints."""
         self._inbox.clear()
         self._bulk.clear()
         if self._ended is None and not self._failed:
             self._ended = ChannelClosed(f"{self._name}: closed at this end")
             self._release_by = time.monotonic() + self._fabric.linger_s
             self._trusted = True  # read on, so that the answer is seen behind whatever arrives
-            if not self._held:
-                self._control(FIN)
+            if not self._out.held:
+                self._out.control(FIN)
         elif self._release_by is None:
             self._release()
         self._fabric._dirty = True
@@ -210,99 +205,54 @@ class UcxPipe:
         if self._ended is None:
             self._ended = ChannelBroken(f"{self._name}: aborted at this end")
             if not self._failed:
-                self._held.clear()
-                self._control(RST)
+                self._out.drop_held()
+                self._out.control(RST)
                 self._release_by = time.monotonic() + ANSWER_S
                 self._fabric._dirty = True
                 return
         if self._release_by is None:
             self._release()
 
-    # -- sending
+    # -- driven by the fabric
 
     def answer(self) -> None:
         """Tell the connector that its hello arrived."""
-        self._control(CREDIT)
-
-    def _control(self, kind: int, value: int = 0) -> None:
-        self._post(CONTROL.pack(kind, 0, 0, 0, value), self._send_tag)
-
-    def _post(self, data: Any, tag: Any) -> Any:
-        """Send one UCX message and keep what it needs until it has completed."""
-        array = Array(data)
-        try:
-            request = self._endpoint.tag_send(array, tag)
-        except ucx.UCXError:
-            self._fabric._dirty = self._failed = True  # the next progress tells
-            return _FAILED
-        if not request.completed:
-            self._fabric._dirty = True
-            self._sending.append((request, array, array.nbytes))
-            self._sending_bytes += array.nbytes
-        return request
-
-    def _send_long(self, parts: Sequence[Buffer], length: int, tickets: _Tickets) -> None:
-        layout = lay_out(parts, length)
-        self._sent_bytes += length
-        self._post(layout.control, self._send_tag)
-        tickets._requests = [self._post(view, self._send_bulk) for view in layout.bulk]
-
-    def _release_held(self) -> None:
-        while self._held and self._sent_bytes - self._credited_bytes < _WINDOW_BYTES:
-            parts, length, tickets = self._held.popleft()
-            self._held_bytes -= length
-            if tickets is None:
-                self._sent_bytes += length
-                self._post(b"".join((CONTROL.pack(DATA, 0, 0, 0, length), *parts)), self._send_tag)
-            else:
-                self._send_long(parts, length, tickets)
-            if not self._held and self._release_by is not None and not self._fin_arrived:
-                self._control(FIN)
+        self._out.control(CREDIT)
 
     def _report(self) -> None:
         if not self._failed and (self._ended is None or self._release_by is not None):
             self._reported_bytes = self._taken_bytes
-            self._control(CREDIT, self._taken_bytes)
-
-    def _reap(self) -> None:
-        sending = self._sending
-        while sending and sending[0][0].completed:
-            self._sending_bytes -= sending.popleft()[2]
-
-    # -- receiving, driven by the fabric
+            self._out.control(CREDIT, self._taken_bytes)
 
     def _advance(self) -> bool:
-        """Read what arrived, complete what was sent. True if a message or the end arrived."""
+        """Read a control message if there is one, complete what was sent. True if anything came of it.
+
+        One that was read may have others behind it: the fabric calls again before it sleeps.
+        """
         if self._released:
             return False
-        if self._sending:
-            self._reap()
-        before = len(self._inbox)
+        out = self._out
+        moved = bool(out.sending) and out.reap()
         ended = self._ended
-        slots = self._slots
-        while self._trusted or not self._given:
-            try:
-                slot = slots.peek()
-                if slot is None:
-                    break
-                self._read(slot)
-            except ucx.UCXError:
-                break  # canceled or reset: the close callback says so as well
-            except (TransportError, struct.error) as error:
+        try:
+            if (self._trusted or not self._given) and self._slot.arrived():
+                self._fabric._again[self] = None
+                moved = self._read(self._slot.view) or moved
+            if self._fin_arrived or len(self._arrivals):
+                moved = self._assemble() or moved
+        except (TransportError, struct.error) as error:
+            if not self._failed:
                 self._break(str(error))
-                return True
-            if self._released:
-                return True
-            slots.drop()
-        if self._fin_arrived or len(self._arrivals):
-            self._assemble()
-        if self._held and not self._failed:
-            self._release_held()
-        if self._failed:
+        if out.held and not self._failed and not self._released:
+            out.release_held()
+            if not out.held and self._release_by is not None and not self._fin_arrived:
+                out.control(FIN)
+        if self._failed or out.failed:
             self._fail()
-        return len(self._inbox) != before or self._ended is not ended
+        return moved or self._ended is not ended
 
-    def _read(self, slot: memoryview) -> None:
+    def _read(self, slot: memoryview) -> bool:
+        """Act on a control message. True if it was a message."""
         kind, _, _, _, value = CONTROL.unpack_from(slot)
         self._answered_by = None
         if kind == DATA:
@@ -314,18 +264,17 @@ class UcxPipe:
                 self._arrivals.behind(message)
             elif self._ended is None:
                 self._inbox.append(message)
+                return True
         elif kind == LONG:
             if not self._trusted:
                 raise ChannelBroken("a long message before the hello was believed")
             self._arrivals.begin(slot)
             self._given += 1
         elif kind == CREDIT:
-            if not self._credited_bytes <= value <= self._sent_bytes:
+            if not self._out.credit(value):
                 raise ChannelBroken("an impossible credit")
-            self._credited_bytes = value
         elif kind == FIN:
-            self._fin_arrived = True
-            self._control(FIN_ACK)
+            self._fin_arrived = True  # answered when all that was sent before it has arrived
         elif kind == FIN_ACK:
             if self._release_by is not None:
                 self._release()
@@ -333,19 +282,24 @@ class UcxPipe:
             self._break("the other end aborted")
         else:
             raise ChannelBroken(f"a control message of kind {kind}")
+        return False
 
-    def _assemble(self) -> None:
+    def _assemble(self) -> bool:
+        moved = False
         while (message := self._arrivals.next()) is not None:
             if self._ended is None:
                 self._inbox.append(message)
-        if len(self._arrivals):
-            return
-        if self._fin_arrived:
+                moved = True
+        if self._fin_arrived and not len(self._arrivals):
+            if not self._fin_answered:
+                self._fin_answered = True
+                self._out.control(FIN_ACK)
             if self._ended is None:
                 self._ended = ChannelClosed(f"{self._name}: the other end closed")
                 self._release_by = time.monotonic() + ANSWER_S
             elif self._release_by is not None:
                 self._release_by = min(self._release_by, time.monotonic() + ANSWER_S)
+        return moved
 
     # -- the end
 
@@ -359,7 +313,8 @@ class UcxPipe:
             return
         why = "connection lost"
         try:
-            self._endpoint.raise_on_error()
+            for endpoint in self._endpoints:
+                endpoint.raise_on_error()
         except ucx.UCXError as error:
             why = str(error).rsplit("error: ", 1)[-1]
         self._break(why)
@@ -378,12 +333,12 @@ class UcxPipe:
         if self._answered_by is not None and now >= self._answered_by and self._ended is None:
             self._break(f"no answer within {CONNECT_S:g} s")
         elif self._release_by is not None:
-            aborted = isinstance(self._ended, ChannelBroken) and not self._sending
+            aborted = isinstance(self._ended, ChannelBroken) and not self._out.sending
             if now >= self._release_by or aborted:
                 self._release()
 
     def _release(self) -> None:
-        """Close the endpoint. Requests that UCX still holds go to the fabric, with their buffers, until they end."""
+        """Close the endpoints. What UCX still holds goes to the fabric, with its buffers, until it ends."""
         if self._released:
             return
         self._released = True
@@ -392,23 +347,17 @@ class UcxPipe:
             self._ended = ChannelClosed(f"{self._name}: closed at this end")
         fabric._pipes.pop(self, None)
         fabric._bulky.pop(self, None)
+        fabric._again.pop(self, None)
         self._bulk.clear()
         if self._life is not None:
             fabric._gate.selector.unregister(self._life)
             os.close(self._life)
             self._life = None
         fabric._tags.discard(self._tag)
-        endpoint, self._endpoint = self._endpoint, None
-        endpoint.remove_close_callback()
-        endpoint.close_blocking()
-        fabric._worker.cancel_inflight_requests(0, 1)
-        leftovers = [(request, array) for request, array, _ in self._sending]
-        leftovers += self._slots.release() + self._arrivals.release()
-        fabric._graveyard.extend(pair for pair in leftovers if not pair[0].completed)
+        for endpoint in self._endpoints:
+            endpoint.remove_close_callback()
+            endpoint.close_blocking()
+        self._endpoints.clear()
+        left = [*self._out.release(), *self._slot.release(), *self._arrivals.release()]
+        fabric._graveyard.extend(left)
         fabric._dirty = True
-        self._sending.clear()
-        self._sending_bytes = self._held_bytes = 0
-        for _, _, tickets in self._held:
-            if tickets is not None:
-                tickets._requests = []
-        self._held.clear()

@@ -1,124 +1,136 @@
-"""What a UCX pipe has posted to receive: slots for control messages, and the parts of long messages on their way."""
+"""What a UCX pipe has posted to receive: control messages, and the parts of long messages on their way."""
 
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
 
 from transport.base import MAX_MESSAGE_BYTES, ChannelBroken
 from transport.tickets import fresh
-from transport.ucx_binding import Array, ucx
+from transport.ucx_direct import (
+    ERRORS,
+    HOST,
+    IN_PROGRESS,
+    TAG_FULL,
+    Transfer,
+    UcxFailure,
+    address_of,
+    check_status,
+    request_free,
+    status_text,
+    tag_recv,
+)
 from transport.ucx_wire import SLOT_BYTES, read_layout
 
-#: Receives posted ahead. Those that were used are posted again while nothing arrives, or when half are left.
-SLOTS = 8
 
+class Slot:
+    """One buffer that messages of a tag are received into, one after the other.
 
-class Slots:
-    """Receives of control messages, posted ahead in a ring."""
+    What arrives while none is posted waits in UCX, so that posting the next one has time until there is nothing else
+    to do: what is here already is then given at once.
+    """
 
-    def __init__(self, endpoint: Any, tag: Any) -> None:
-        self.used = 0
-        self._endpoint = endpoint
+    def __init__(self, worker: int, tag: int, size: int = SLOT_BYTES) -> None:
+        """Posts nothing yet."""
+        self.view = fresh(size)
+        self._worker = worker
         self._tag = tag
-        self._head = 0
-        self._slots: list[tuple[memoryview, Any]] = []
-        self._posted: list[Any] = []
-        for _ in range(SLOTS):
-            view = fresh(SLOT_BYTES)
-            array = Array(view)
-            self._slots.append((view, array))
-            self._posted.append(endpoint.tag_recv(array, tag))
+        self._size = size
+        self._address = address_of(self.view)
+        self._request = 0
+        self._spent = 0
 
-    def peek(self) -> memoryview | None:
-        """The slot of the next control message, if it has arrived; `drop` frees it. Raises UCXError."""
-        request = self._posted[self._head]
-        if request is None or not request.completed:
-            return None
-        request.check_error()
-        return self._slots[self._head][0]
+    def arrived(self) -> bool:
+        """Whether `view` has the next message; it has to be read before this is called again. Raises UcxFailure."""
+        request = self._request
+        if request:
+            status = check_status(request)
+            if status == IN_PROGRESS:
+                return False
+            self._request, self._spent = 0, request
+            if status < 0:
+                raise UcxFailure(status)
+            return True
+        if self._spent:
+            request_free(self._spent)
+            self._spent = 0
+        request = tag_recv(self._worker, self._address, self._size, self._tag, TAG_FULL, HOST)
+        if request is None:
+            return True
+        if request >= ERRORS:
+            raise UcxFailure(request - (1 << 64))
+        self._request = request
+        return False
 
-    def drop(self) -> None:
-        """The slot that `peek` gave was read. Posts receives again where few are left."""
-        self._posted[self._head] = None
-        self._head = (self._head + 1) % SLOTS
-        self.used += 1
-        if self.used > SLOTS // 2:
-            self.repost()
-
-    def repost(self) -> None:
-        """Post the receives that were used again: 2 us each, and so not before the messages were read."""
-        for index in range(self._head - self.used, self._head):
-            try:
-                self._posted[index] = self._endpoint.tag_recv(self._slots[index][1], self._tag)
-            except ucx.UCXError:
-                break  # the endpoint has ended, and its close callback says so
-        self.used = 0
-
-    def release(self) -> list[tuple[Any, Any]]:
-        """The requests that UCX still holds, each with its array, which must live until the request has ended."""
-        held = [(request, slot[1]) for request, slot in zip(self._posted, self._slots, strict=True) if request]
-        self._slots.clear()
-        self._posted.clear()
-        self._endpoint = None
-        return held
+    def release(self) -> list[Transfer]:
+        """Post nothing any more. What UCX still holds."""
+        if self._spent:
+            request_free(self._spent)
+            self._spent = 0
+        if not self._request:
+            return []
+        transfer = Transfer(self._request, self.view, self._size)
+        self._request = 0
+        return [] if transfer.cancel(self._worker) else [transfer]
 
 
 class Arrivals:
     """Messages that wait for their parts, and those behind them, in order."""
 
-    def __init__(self, endpoint: Any, tag: Any, limit_bytes: int) -> None:
-        self._endpoint = endpoint
+    def __init__(self, worker: int, tag: int, limit_bytes: int) -> None:
+        self._worker = worker
         self._tag = tag
         self._limit_bytes = limit_bytes
-        self._bytes = 0
-        self._waiting: deque[tuple[memoryview, list[tuple[Any, Any]]]] = deque()
+        self._waiting: deque[tuple[memoryview, list[Transfer]]] = deque()
+        #: Bytes of the messages that wait.
+        self.waiting_bytes = 0
 
     def __len__(self) -> int:
         return len(self._waiting)
 
+    @property
+    def oldest_bytes(self) -> int:
+        """Bytes of the first of them."""
+        return self._waiting[0][0].nbytes if self._waiting else 0
+
     def behind(self, message: memoryview) -> None:
         """A whole message that has to wait for those before it."""
         self._waiting.append((message, []))
-        self._bytes += message.nbytes
+        self.waiting_bytes += message.nbytes
 
     def begin(self, slot: memoryview) -> None:
         """Post the receives of a long message. Raises ChannelBroken for an impossible layout."""
-        length, pieces = read_layout(slot)
-        if self._bytes + length > MAX_MESSAGE_BYTES + self._limit_bytes:
+        length, lane, pieces = read_layout(slot)
+        if self.waiting_bytes + length > MAX_MESSAGE_BYTES + self._limit_bytes:
             raise ChannelBroken("more in flight than the window allows")
         buffer = fresh(length)
-        requests = []
-        for piece in pieces:
-            target = buffer[piece.start : piece.end]
-            if piece.data is not None:
-                target[:] = piece.data
+        address = address_of(buffer) if length else 0
+        transfers = []
+        for start, end, data in pieces:
+            if data is not None:
+                buffer[start:end] = data
             else:
-                array = Array(target)
-                requests.append((self._endpoint.tag_recv(array, self._tag), array))
-        self._waiting.append((buffer, requests))
-        self._bytes += length
+                request = tag_recv(self._worker, address + start, end - start, self._tag | lane, TAG_FULL, HOST)
+                transfers.append(Transfer(request, buffer, end - start))
+        self._waiting.append((buffer, transfers))
+        self.waiting_bytes += length
 
     def next(self) -> memoryview | None:
-        """The next message that is whole, or None. One whose receive failed never is: the endpoint has ended."""
+        """The next message that is whole, or None. Raises ChannelBroken where a part cannot arrive any more."""
         if not self._waiting:
             return None
-        buffer, requests = self._waiting[0]
-        while requests and requests[-1][0].completed:
-            try:
-                requests[-1][0].check_error()
-            except ucx.UCXError:
-                return None
-            requests.pop()
-        if requests:
+        buffer, transfers = self._waiting[0]
+        while transfers and transfers[-1].completed:
+            status = transfers.pop().status
+            if status < 0:
+                raise ChannelBroken(f"a part of a message did not arrive: {status_text(status)}")
+        if transfers:
             return None
         self._waiting.popleft()
-        self._bytes -= buffer.nbytes
+        self.waiting_bytes -= buffer.nbytes
         return buffer
 
-    def release(self) -> list[tuple[Any, Any]]:
-        """As `Slots.release`."""
-        held = [pair for _, requests in self._waiting for pair in requests]
+    def release(self) -> list[Transfer]:
+        """As `Slot.release`."""
+        left = [each for _, transfers in self._waiting for each in transfers if not each.cancel(self._worker)]
         self._waiting.clear()
-        self._endpoint = None
-        return held
+        return left

@@ -14,12 +14,14 @@ from typing import NamedTuple
 from transport.base import MAX_MESSAGE_BYTES, Buffer, ChannelBroken
 from transport.tickets import flat
 
-#: Kind, number of pieces, two fields left free, and a value: a length or a count of bytes.
+#: Kind, number of pieces, lane, a field left free, and a value: a length or a count of bytes.
 CONTROL = struct.Struct("<BBHIQ")
 DATA, LONG, FIN, FIN_ACK, RST, CREDIT = 1, 2, 3, 4, 5, 6
 _PIECE = struct.Struct("<Q")
 _BULK_BIT = 1 << 63
 _PIECES = 32
+#: Long parts travel on the tags from 1 to this, each of an endpoint of its own: see `transport.ucx_send`.
+LANES = 8
 
 #: A 70B model's activation is 16 KiB a token: it fits a slot, so that a hop is one message.
 SLOT_BYTES = 32 * 1024
@@ -43,8 +45,11 @@ class Piece(NamedTuple):
     data: memoryview | None
 
 
-def lay_out(parts: Sequence[Buffer], length: int) -> Layout:
-    """Cut a message of `length` bytes. Many parts are joined first: a layout names at most 32."""
+def lay_out(parts: Sequence[Buffer], length: int, lane: int = 1) -> Layout:
+    """Cut a message of `length` bytes. Many parts are joined first: a layout names at most 32.
+
+    lane: what is added to the tag that the long parts follow on.
+    """
     views = [view for view in map(flat, parts) if view.nbytes]
     if len(views) > _PIECES:
         views = [memoryview(b"".join(views))]
@@ -60,15 +65,18 @@ def lay_out(parts: Sequence[Buffer], length: int) -> Layout:
         else:
             sizes.append(_PIECE.pack(view.nbytes | _BULK_BIT))
             bulk.append(view)
-    return Layout(b"".join((CONTROL.pack(LONG, len(views), 0, 0, length), *sizes, *inline)), bulk)
+    return Layout(b"".join((CONTROL.pack(LONG, len(views), lane, 0, length), *sizes, *inline)), bulk)
 
 
-def read_layout(slot: memoryview) -> tuple[int, list[Piece]]:
-    """The length and the pieces of a long message, from its control message. Raises ChannelBroken for nonsense."""
-    _, count, _, _, length = CONTROL.unpack_from(slot)
+def read_layout(slot: memoryview) -> tuple[int, int, list[Piece]]:
+    """The length, the lane and the pieces of a long message, from its control message.
+
+    Raises ChannelBroken for nonsense.
+    """
+    _, count, lane, _, length = CONTROL.unpack_from(slot)
     inline = CONTROL.size + count * _PIECE.size
-    if length > MAX_MESSAGE_BYTES or count > _PIECES:
-        raise ChannelBroken(f"a long message of {length} bytes in {count} pieces")
+    if length > MAX_MESSAGE_BYTES or count > _PIECES or not 1 <= lane <= LANES:
+        raise ChannelBroken(f"a long message of {length} bytes in {count} pieces on lane {lane}")
     words = [word for (word,) in _PIECE.iter_unpack(slot[CONTROL.size : inline])]
     if sum(word & ~_BULK_BIT for word in words) != length:
         raise ChannelBroken("a layout that does not add up")
@@ -84,4 +92,4 @@ def read_layout(slot: memoryview) -> tuple[int, list[Piece]]:
             pieces.append(Piece(at, at + size, slot[inline : inline + size]))
             inline += size
         at += size
-    return length, pieces
+    return length, lane, pieces

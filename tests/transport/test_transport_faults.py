@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from transport_harness import BACKENDS
 
 from benchmarks.transport.faults import run
 
 
-@pytest.mark.parametrize("name", ["memory", "tcp"])
+@pytest.mark.parametrize("name", BACKENDS)
 def test_random_faults_end_in_time_and_deliver_nothing_wrong(name):
     found = run(name, 25, seed=1)
     assert found["wrong"] == []

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from transport import ChannelBroken
 from transport.ucx_life import WORD_BYTES, watch, word
-from transport.ucx_wire import CONTROL, LONG, SLOT_BYTES, lay_out, read_layout
+from transport.ucx_wire import CONTROL, LANES, LONG, SLOT_BYTES, lay_out, read_layout
 
 sizes = st.lists(st.one_of(st.integers(0, 50), st.integers(8000, 9000), st.just(40_000)), min_size=1, max_size=40)
 
@@ -26,7 +26,8 @@ def test_a_long_message_is_put_together_as_it_was_cut(sizes):
     whole = b"".join(parts)
     layout = lay_out(parts, len(whole))
     assert len(layout.control) <= SLOT_BYTES
-    length, pieces = read_layout(memoryview(layout.control))
+    length, lane, pieces = read_layout(memoryview(layout.control))
+    assert lane == 1
     bulk = iter(layout.bulk)
     found = bytearray(length)
     for piece in pieces:
@@ -36,13 +37,14 @@ def test_a_long_message_is_put_together_as_it_was_cut(sizes):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.binary(max_size=400), st.integers(0, 255), st.integers(0, 2**64 - 1))
-def test_an_impossible_layout_is_refused(tail, count, length):
-    message = memoryview(CONTROL.pack(LONG, count, 0, 0, length) + tail)
+@given(st.binary(max_size=400), st.integers(0, 255), st.integers(0, 9), st.integers(0, 2**64 - 1))
+def test_an_impossible_layout_is_refused(tail, count, lane, length):
+    message = memoryview(CONTROL.pack(LONG, count, lane, 0, length) + tail)
     try:
-        found, pieces = read_layout(message)
+        found, accepted, pieces = read_layout(message)
     except (ChannelBroken, struct.error):
         return
+    assert 1 <= accepted == lane <= LANES
     assert found == length == sum(piece.end - piece.start for piece in pieces)
 
 
