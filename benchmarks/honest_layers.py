@@ -139,13 +139,13 @@ class _Nobody:
 
     rank, size = 0, 2
 
-    def all_reduce_(self, tensor: Any, timeout_s: float) -> object:
+    def all_reduce_(self, tensor: Any, timeout_s: float | None) -> object:
         return tensor
 
-    def broadcast_(self, tensor: Any, root: int, timeout_s: float) -> object:
+    def broadcast_(self, tensor: Any, root: int, timeout_s: float | None) -> object:
         return tensor
 
-    def gather(self, tensor: Any, root: int, timeout_s: float) -> list[Any]:
+    def gather(self, tensor: Any, root: int, timeout_s: float | None) -> list[Any]:
         return [tensor]
 
 

@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 from transport.base import Fabric, FrameError, Listener, Pipe, TransportError
 from transport.channel import Channel, Clock, Entropy
+from transport.deadlines import PATIENCE_S
 from transport.handshake import RANDOM_BYTES, Hello, answer_hello, read_hello
 
 #: How long a pipe may wait for its hello to be expected: the two ends of a channel are told of it by different
 #: messages of the control plane, in any order.
-PATIENCE_S = 10.0
+STRANGER_S = 10.0
 _STRANGERS = 64
 
 
@@ -22,6 +23,7 @@ class _Expected(NamedTuple):
     seal: bool
     delay_s: float
     silence_s: float | None
+    patience_s: float
 
 
 class Acceptor:
@@ -32,7 +34,7 @@ class Acceptor:
         fabric: Fabric,
         listener: Listener,
         *,
-        patience_s: float = PATIENCE_S,
+        patience_s: float = STRANGER_S,
         clock: Clock = time.monotonic_ns,
         entropy: Entropy = os.urandom,
     ) -> None:
@@ -58,9 +60,10 @@ class Acceptor:
         seal: bool = True,
         delay_s: float = 0.0,
         silence_s: float | None = None,
+        patience_s: float = PATIENCE_S,
     ) -> None:
         """Let the next pipe that says `hello`, proven by `key`, become the channel to `name`. See `connect_channel`."""
-        self._expected[hello] = _Expected(name, key, seal, delay_s, silence_s)
+        self._expected[hello] = _Expected(name, key, seal, delay_s, silence_s, patience_s)
 
     def forget(self, hello: bytes) -> None:
         """No longer expect `hello`."""
@@ -105,6 +108,7 @@ class Acceptor:
             name=expected.name,
             delay_s=expected.delay_s,
             silence_s=expected.silence_s,
+            patience_s=expected.patience_s,
             sealed=hello.sealed,
             clock=self._clock,
         )

@@ -124,6 +124,26 @@ class Pipe(Protocol):
         ...
 
     @property
+    def left_bytes(self) -> int:
+        """A running total: as `pending_bytes` falls without anything being sent, this rises by as much."""
+        ...
+
+    @property
+    def missing_bytes(self) -> int:
+        """Bytes still to come of messages that have begun to arrive, 0 where there are none or nobody takes them."""
+        ...
+
+    @property
+    def grain_bytes(self) -> int:
+        """The most bytes that may be moving without `left_bytes` or `missing_bytes` showing it."""
+        ...
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """What was delivered last, in bytes a second, or None where the backend does not know."""
+        ...
+
+    @property
     def least_rtt_s(self) -> float | None:
         """The least round trip ever seen, in seconds, or None where the backend does not know."""
         ...

@@ -27,7 +27,7 @@ from transport.base import (
     Ticket,
     TransportError,
 )
-from transport.deadlines import allowance_s
+from transport.deadlines import PATIENCE_S, Watches, Way, allowance_s
 from transport.emulate import DelayLine
 from transport.fragments import Incoming, Outgoing
 from transport.frames import (
@@ -53,6 +53,9 @@ Keys = tuple[bytes | None, bytes | None]
 
 #: Heartbeats in one interval of tolerated silence: one may be late, one may be lost in a busy neighbour.
 _BEATS = 3
+
+#: What is watched on every channel; the words of the error.
+_WAYS = ("messages to it", "bulk to it", "a message from it", "bulk from it")
 
 #: Arrived messages that nobody asked for yet. Beyond this no bulk is taken, so that its sender waits.
 _STASH_BYTES = 64 << 20
@@ -83,6 +86,7 @@ class Channel:
         name: str,
         delay_s: float = 0.0,
         silence_s: float | None = None,
+        patience_s: float = PATIENCE_S,
         sealed: bool = False,
         clock: Clock = time.monotonic_ns,
     ) -> None:
@@ -108,7 +112,11 @@ class Channel:
         self._ended: TransportError | None = None
         self._clock = clock
         self._silence_ns = None if silence_s is None else round(silence_s * 1e9)
-        self._heard_ns = self._beat_ns = self._listened_ns = clock()
+        self._heard_ns = self._beat_ns = self._listened_ns = self._began_ns = clock()
+        self._watches = Watches(patience_s, _WAYS)
+        self._look_every_ns = round(self._watches.every_s * 1e9)
+        self._look_ns = self._began_ns + self._look_every_ns
+        self._bulk_bytes = self._taken = self._assembled = 0
 
     # -- sending
 
@@ -126,6 +134,7 @@ class Channel:
         if not bulk:
             return self._send(kind, meta, payload)
         source = Outgoing(self._bulk_writer, kind, meta, payload, self._clock)
+        self._bulk_bytes += source.left_bytes
         if source.writer is None:
             self._held_bulk.append(source)
         else:
@@ -185,7 +194,8 @@ class Channel:
     def allowance_s(self, size_bytes: int) -> float:
         """How long a message of `size_bytes`, and what waits before it, may take before something must be wrong."""
         waiting = self.pending_bytes + self.bulk_pending_bytes + size_bytes
-        return allowance_s(waiting, self._pipe.least_rtt_s or 0.0)
+        rate = max(self._watches.rate, self._pipe.bytes_per_s or 0.0)
+        return allowance_s(waiting, self._pipe.least_rtt_s or 0.0, rate, self._watches.patience_s)
 
     @property
     def established(self) -> bool:
@@ -226,14 +236,17 @@ class Channel:
         self._stash.append(message)
         self._stashed_bytes += message.payload.nbytes
 
-    def receive(self, timeout_s: float, kind: int | None = None) -> Message:
+    def receive(self, timeout_s: float | None = None, kind: int | None = None, *, size_bytes: int = 0) -> Message:
         """Wait for the next message: spin, then sleep.
 
-        Raises DeadlineExceeded after `timeout_s`; the channel lives on.
+        timeout_s: None for what a message of `size_bytes` may take on this link. Raises DeadlineExceeded after that;
+        the channel lives on.
         """
         message = self.poll(kind)
         if message is not None:
             return message
+        if timeout_s is None:
+            timeout_s = self.allowance_s(size_bytes)
         deadline_ns = time.monotonic_ns() + round(timeout_s * 1e9)
         while True:
             left_s = (deadline_ns - time.monotonic_ns()) / 1e9
@@ -245,13 +258,13 @@ class Channel:
             if message is not None:
                 return message
 
-    def receive_into(self, buffer: memoryview, timeout_s: float) -> bytes:
-        """Wait for the next message, put its payload into `buffer`, give its metadata.
+    def receive_into(self, buffer: memoryview, timeout_s: float | None = None) -> bytes:
+        """Wait for the next message, put its payload into `buffer`, give its metadata. timeout_s: as in `receive`.
 
         Raises FrameError when the payload's size is not the buffer's; the channel is then aborted.
         """
-        message = self.receive(timeout_s)
         target = flat(buffer)
+        message = self.receive(timeout_s, size_bytes=target.nbytes)
         if message.payload.nbytes != target.nbytes:
             self.abort()
             raise FrameError(f"{self.name}: sent {message.payload.nbytes} bytes where {target.nbytes} were due")
@@ -305,7 +318,10 @@ class Channel:
             if data is None:
                 if self._silence_ns is not None:
                     self._beat()
+                if (now_ns := self._clock()) >= self._look_ns:
+                    self._look(now_ns)
                 return None
+            self._taken += 1
             try:
                 if self._reader is None:
                     assert self._welcome is not None
@@ -315,6 +331,7 @@ class Channel:
                 if kind_of(data) == FRAGMENT:
                     assert self._bulk_reader is not None
                     frame = self._incoming.add(self._bulk_reader.read(data))
+                    self._assembled += frame is not None
                 else:
                     frame = self._reader.read(data)
             except FrameError as error:
@@ -350,6 +367,32 @@ class Channel:
             raise again(self._ended)
         if now_ns - self._beat_ns >= self._silence_ns // _BEATS and self._writer is not None:
             self._send(HEARTBEAT, b"", b"")
+
+    def _look(self, now_ns: int) -> None:
+        """Called now and then when the pipe is empty: whether all that is under way keeps to its deadline.
+
+        Raises ChannelBroken where it does not, after telling the neighbour, if it can be told.
+        """
+        self._look_ns = now_ns + self._look_every_ns
+        pipe, bulk = self._pipe, self.bulk_pending_bytes
+        taking = self._stashed_bytes < _STASH_BYTES  # else nothing arrives because of this end
+        missing = pipe.missing_bytes if taking else 0
+        rest = self._incoming.waiting_bytes if taking else 0
+        grain = pipe.grain_bytes
+        ways = (
+            Way(pipe.pending_bytes, pipe.left_bytes, grain=grain),
+            Way(bulk, self._bulk_bytes - bulk),
+            Way(missing, -missing, self._taken, grain),
+            Way(rest, -rest, self._assembled),
+        )
+        rtt_s = pipe.least_rtt_s or 0.0
+        why = self._watches.late(now_ns * 1e-9, ways, rtt_s, pipe.bytes_per_s)
+        if why is None and self._reader is None and (now_ns - self._began_ns) * 1e-9 > self.allowance_s(0):
+            why = "it never answered the hello"
+        if why is not None:
+            pipe.abort()
+            self._ended = ChannelBroken(f"{self.name}: {why}; the link or the neighbour stalls")
+            raise again(self._ended)
 
     # -- the end
 
@@ -409,6 +452,7 @@ def connect_channel(
     seal: bool = True,
     delay_s: float = 0.0,
     silence_s: float | None = None,
+    patience_s: float = PATIENCE_S,
     clock: Clock = time.monotonic_ns,
     entropy: Entropy = os.urandom,
 ) -> Channel:
@@ -419,7 +463,8 @@ def connect_channel(
     with `seal`, seal what they send; None for neither. hello: names the channel, at most MAX_HELLO_BYTES, readable by
     anybody on the way. delay_s: emulated one-way delay of what arrives here. silence_s: break the channel when a
     neighbour that also has it set stays silent for longer while this end polls; None (off) where a neighbour may
-    compute for long. Raises AddressError for a bad address.
+    compute for long. patience_s: what the neighbour may take beside the time on the wire, before what is under way to
+    or from it counts as stalled. Raises AddressError for a bad address.
     """
     random = entropy(RANDOM_BYTES)
     message = write_hello(hello, key, random, seal=seal)
@@ -440,6 +485,7 @@ def connect_channel(
         name=name,
         delay_s=delay_s,
         silence_s=silence_s,
+        patience_s=patience_s,
         sealed=key is not None and seal,
         clock=clock,
     )

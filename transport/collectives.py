@@ -55,7 +55,7 @@ class Group:
     channels: one for each other rank. island: how many consecutive ranks are near each other, 0 where all are alike.
     A rank that calls something else, or a tensor of another size or dtype, is found out and breaks the group: every
     operation raises ChannelBroken (also when a rank is lost), ChannelClosed, or DeadlineExceeded, and the group is then
-    of no more use.
+    of no more use. timeout_s: None for what such tensors may take on these links.
     """
 
     def __init__(self, rank: int, size: int, channels: Mapping[int, Channel], *, island: int = 0) -> None:
@@ -77,10 +77,13 @@ class Group:
         self._deadline = 0.0
         self._tickets: list[Ticket] = []
         self._chosen: dict[int, str] = {}
+        self._allowed: dict[int, float] = {}
 
     # -- operations
 
-    def all_reduce_(self, tensor: torch.Tensor, timeout_s: float, *, algorithm: str | None = None) -> torch.Tensor:
+    def all_reduce_(
+        self, tensor: torch.Tensor, timeout_s: float | None = None, *, algorithm: str | None = None
+    ) -> torch.Tensor:
         """Replace `tensor` by its sum over all ranks, the same bits on each. Any shape, dtype and device.
 
         algorithm: one of those above, the same at every rank; None chooses.
@@ -96,22 +99,22 @@ class Group:
                     self._chosen.clear()
                 algorithm = self._chosen[nbytes] = choose(nbytes, self.size, self.costs, self._island)
         operation, work = _ALGORITHMS[algorithm]
-        self._run(operation, flat.dtype, timeout_s, lambda: work(self, flat))
+        self._run(operation, flat, timeout_s, lambda: work(self, flat))
         if flat.data_ptr() != tensor.data_ptr():
             tensor.copy_(flat.view(tensor.shape))
         return tensor
 
-    def broadcast_(self, tensor: torch.Tensor, root: int, timeout_s: float) -> torch.Tensor:
+    def broadcast_(self, tensor: torch.Tensor, root: int, timeout_s: float | None = None) -> torch.Tensor:
         """Replace `tensor` by the root's; shape and dtype must be the same on all ranks."""
         if self.size == 1:
             return tensor
         flat = host(tensor)
-        self._run(_BROADCAST, flat.dtype, timeout_s, lambda: self._down(flat, root))
+        self._run(_BROADCAST, flat, timeout_s, lambda: self._down(flat, root))
         if self.rank != root and flat.data_ptr() != tensor.data_ptr():
             tensor.copy_(flat.view(tensor.shape))
         return tensor
 
-    def gather(self, tensor: torch.Tensor, root: int, timeout_s: float) -> list[torch.Tensor] | None:
+    def gather(self, tensor: torch.Tensor, root: int, timeout_s: float | None = None) -> list[torch.Tensor] | None:
         """At the root, the flattened tensors of all ranks in their order (sizes may differ); elsewhere None.
 
         The root's own is `tensor` flattened; the others are on the CPU. One dtype for all.
@@ -119,18 +122,18 @@ class Group:
         flat = host(tensor)
         found: list[torch.Tensor] | None = [flat]
         if self.size > 1:
-            found = self._run(_GATHER, flat.dtype, timeout_s, lambda: self._gathered(flat, (root,)))
+            found = self._run(_GATHER, flat, timeout_s, lambda: self._gathered(flat, (root,)))
         return found if self.rank == root else None
 
-    def all_gather(self, tensor: torch.Tensor, timeout_s: float) -> list[torch.Tensor]:
+    def all_gather(self, tensor: torch.Tensor, timeout_s: float | None = None) -> list[torch.Tensor]:
         """The flattened tensors of all ranks in their order, at every rank. As `gather`."""
         flat = host(tensor)
         if self.size == 1:
             return [flat]
-        return self._run(_ALL_GATHER, flat.dtype, timeout_s, lambda: self._gathered(flat, range(self.size)))
+        return self._run(_ALL_GATHER, flat, timeout_s, lambda: self._gathered(flat, range(self.size)))
 
     def scatter(
-        self, tensors: Sequence[torch.Tensor] | None, like: torch.Tensor, root: int, timeout_s: float
+        self, tensors: Sequence[torch.Tensor] | None, like: torch.Tensor, root: int, timeout_s: float | None = None
     ) -> torch.Tensor:
         """This rank's of the root's `tensors` (one a rank, sizes may differ; None elsewhere), flat.
 
@@ -139,7 +142,7 @@ class Group:
         if self.rank == root and (tensors is None or len(tensors) != self.size):
             raise ValueError(f"the root of a scatter gives {self.size} tensors")
         if self.rank != root or tensors is None:
-            return self._run(_SCATTER, like.dtype, timeout_s, lambda: self._receive(root, like.dtype, None))
+            return self._run(_SCATTER, like, timeout_s, lambda: self._receive(root, like.dtype, None))
         parts = [host(part) for part in tensors]
 
         def give() -> torch.Tensor:
@@ -147,7 +150,7 @@ class Group:
                 self._send(rank, parts[rank])
             return parts[root]
 
-        return self._run(_SCATTER, like.dtype, timeout_s, give)
+        return self._run(_SCATTER, like, timeout_s, give)
 
     def measure(self, timeout_s: float) -> Costs:
         """Measure what messages cost between these ranks, and choose by that from here on. The same at every rank.
@@ -166,9 +169,7 @@ class Group:
                 times = []
                 for _ in range(_ROUNDS if index == 0 else _ROUNDS // 4):
                     began = time.perf_counter()
-                    self._run(
-                        _COSTS, tensor.dtype, deadline - time.monotonic(), functools.partial(self._ping, tensor, rank)
-                    )
+                    self._run(_COSTS, tensor, deadline - time.monotonic(), functools.partial(self._ping, tensor, rank))
                     times.append((time.perf_counter() - began) / 2)
                 found[index] = max(found[index], sorted(times)[len(times) // 2])
         agreed = torch.tensor(found, dtype=torch.float64)
@@ -317,10 +318,12 @@ class Group:
 
     # -- messages
 
-    def _run(self, operation: int, dtype: torch.dtype, timeout_s: float, work: Callable[[], Result]) -> Result:
+    def _run(self, operation: int, tensor: torch.Tensor, timeout_s: float | None, work: Callable[[], Result]) -> Result:
         """One operation: at its end nothing is on its way any more, or all ranks know that it failed."""
         self._operation = operation
-        self._dtype = dtype_code(dtype)
+        self._dtype = dtype_code(tensor.dtype)
+        if timeout_s is None:
+            timeout_s = self._allowed_s(tensor.numel() * tensor.element_size())
         self._deadline = time.monotonic() + timeout_s
         try:
             result = work()
@@ -333,6 +336,16 @@ class Group:
             self._tickets.clear()
         self._sequence = (self._sequence + 1) & 0xFFFFFFFF
         return result
+
+    def _allowed_s(self, nbytes: int) -> float:
+        """What an operation on tensors of `nbytes` may take: each channel carries at most one of every rank."""
+        if not self._sequence % 4096:
+            self._allowed.clear()  # links change; asking the kernel about each costs microseconds
+        found = self._allowed.get(nbytes)
+        if found is None:
+            found = max((channel.allowance_s(self.size * nbytes) for channel in self._channels.values()), default=0.0)
+            self._allowed[nbytes] = found
+        return found
 
     def _meta(self, part: int) -> bytes:
         return _META.pack(self._sequence, self._operation, self._dtype, part)

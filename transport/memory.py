@@ -101,6 +101,26 @@ class MemoryPipe:
         return self._bulk.pending_bytes
 
     @property
+    def left_bytes(self) -> int:
+        """Bytes that the other end has taken."""
+        return 0 if self._other is None else self._other._taken_bytes
+
+    @property
+    def missing_bytes(self) -> int:
+        """A message is here, or is not."""
+        return 0
+
+    @property
+    def grain_bytes(self) -> int:
+        """A message moves whole, but in no time."""
+        return 0
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """Nobody counts."""
+        return None
+
+    @property
     def least_rtt_s(self) -> float | None:
         """Nothing to speak of."""
         return 0.0

@@ -29,6 +29,7 @@ from typing import Any, Final
 import trio
 
 from transport.base import AddressError
+from transport.deadlines import allowance_s
 from transport.tcp import _ADDRESS, _COOKIE_BYTES, _MAGIC, _PREFIX
 
 #: Forwards at once, and connections through all of them: a channel has up to 32.
@@ -39,8 +40,8 @@ BUFFER_BYTES: Final = 256 * 1024
 CONNECT_S: Final = 10.0
 #: A forward that nobody uses is closed after this.
 UNUSED_S: Final = 60.0
-#: A neighbour that has vanished without a word is noticed after about a minute and a half.
-_KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
+#: A neighbour that has vanished without a word is noticed after 25 seconds: see `deadlines.LINK_S`.
+_KEEPALIVE = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 
 
 def endpoint(address: bytes) -> tuple[str, int, bytes]:
@@ -197,7 +198,8 @@ class Relay:
             wait_s = self._rate.wait_s(len(data), trio.current_time())
             if wait_s > 0:
                 await trio.sleep(wait_s)
-            await target.send_all(data)
+            with trio.fail_after(allowance_s(len(data))):  # an end that takes nothing does not keep the other's place
+                await target.send_all(data)
         await target.send_eof()
 
 

@@ -21,6 +21,7 @@ import time
 from collections import deque
 
 from transport.base import AddressError
+from transport.deadlines import LINK_S, PATIENCE_S
 from transport.tcp_pipe import STAGING_BYTES, TcpPipe
 from transport.waiting import SPIN_S, Gate, wait_any
 
@@ -35,8 +36,12 @@ _ADDRESS = struct.Struct(f"!{_COOKIE_BYTES}sH")
 _STRANGERS = 64
 _STRANGER_S = 10.0
 _LINGER_S = 1.0
-#: Data that the neighbour's kernel has not acknowledged for this long is lost (RFC 5482).
-_USER_TIMEOUT_MS = 20_000
+#: A neighbour that takes nothing, and one whose kernel is gone, end the connection after this at the latest (RFC 5482);
+#: `transport.deadlines` and `TcpPipe` find both earlier where somebody looks.
+_USER_TIMEOUT_MS = round(1.25e3 * PATIENCE_S)
+#: An idle connection is asked after this many seconds, and again each as many, so that a path that swallows everything
+#: is told from one on which nothing is said.
+_KEEPALIVE_S = round(LINK_S / 4)
 
 
 class TcpListener:
@@ -153,6 +158,8 @@ class TcpFabric:
         self._names: dict[bytes, TcpPipe] = {}
         #: Pipes that have bulk to send, or streams for it.
         self._bulky: dict[TcpPipe, None] = {}
+        #: After how long a neighbour's kernel that says nothing at all counts as gone.
+        self.link_s = LINK_S
         self._staging = memoryview(bytearray(STAGING_BYTES))
         self._expiry = 0.0
         self._closed = False
@@ -290,3 +297,7 @@ def _tune(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _USER_TIMEOUT_MS)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option in ("TCP_KEEPIDLE", "TCP_KEEPINTVL"):
+        if hasattr(socket, option):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), _KEEPALIVE_S)

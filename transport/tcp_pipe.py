@@ -62,7 +62,8 @@ class TcpPipe:
         self._connect_by = time.monotonic() + CONNECT_S if connecting else None
         self._trusted = connecting
         self._out: deque[tuple[memoryview, Pending | None]] = deque()
-        self._out_bytes = 0
+        self._out_bytes = self._queued_bytes = 0
+        self._heard_at = 0.0
         self._inbox: deque[memoryview] = deque()
         self._inbox_bytes = 0
         self._given = 0
@@ -163,6 +164,30 @@ class TcpPipe:
         return self._bundle.pending_bytes
 
     @property
+    def left_bytes(self) -> int:
+        """Bytes that the kernel took of those it could not take at once."""
+        return self._queued_bytes - self._out_bytes
+
+    @property
+    def missing_bytes(self) -> int:
+        """What is still to come of the message in arrival, and of pieces of bulk."""
+        if self._ended is not None or self._paused():
+            return 0
+        first = len(self._partial) % _RECORD.size if self._body is None else self._body.nbytes - self._filled
+        return first + self._bundle.missing_bytes
+
+    @property
+    def grain_bytes(self) -> int:
+        """The kernel takes and gives bytes."""
+        return 0
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """What the kernel, or all streams together, delivered last; None where nobody tells."""
+        info = None if self._ended is not None else tcp_info(self._sock)
+        return None if info is None else max(info.bytes_per_s, self._bundle.bytes_per_s)
+
+    @property
     def least_rtt_s(self) -> float | None:
         """The least round trip that the kernel saw, seconds; None where it tells none."""
         info = None if self._ended is not None else tcp_info(self._sock)
@@ -236,9 +261,6 @@ class TcpPipe:
         elif self._silent and self._bundle.exhausted:
             self._broken(None)
 
-    def _stalled(self, what: str) -> None:
-        self._end(ChannelBroken(f"{self._name}: {what}; the link or the neighbour stalls"))
-
     def _dishonest(self, what: str) -> None:
         self._end(ChannelBroken(f"{self._name}: the other end broke the protocol ({what})"))
 
@@ -293,12 +315,23 @@ class TcpPipe:
             self._release()
         elif self._ended is None:
             self._bundle.expire(now)
+            if now >= self._heard_at:
+                self._heard_at = now + self._fabric.link_s / 16
+                self._listen_for_life()
             if self._linger_by is not None and not self._farewell:
                 self._advance()
+
+    def _listen_for_life(self) -> None:
+        """A neighbour's kernel answers whatever its processes do: where it does not, it is gone, or the path is."""
+        infos = (tcp_info(self._sock), *(stream.info() for stream in self._bundle.streams if stream.open))
+        silent_s = max((info.heard_s for info in infos if info is not None and not info.probing), default=0.0)
+        if self._connect_by is None and self._ended is None and silent_s > self._fabric.link_s:
+            self._end(ChannelBroken(f"{self._name}: its machine has said nothing for {silent_s:.0f} s; is it cut off?"))
 
     def _queue(self, view: memoryview, ticket: Pending | None) -> None:
         self._out.append((view, ticket))
         self._out_bytes += view.nbytes
+        self._queued_bytes += view.nbytes
 
     def _flush(self) -> bool:
         moved = False

@@ -53,8 +53,6 @@ _HANDSHAKE = 2
 _AGAIN_S = 10.0
 #: How long bulk waits for streams of its own before it takes the first connection.
 _APART_S = 1.0
-#: Bulk of which no byte moves for this long: the link or the neighbour stalls.
-STALL_S = 60.0
 _CONNECT_S = 10.0
 _READS = 8
 _PRIMARY_PIECES = 4
@@ -86,7 +84,6 @@ class BulkStream:
         self.piece_bytes = _LEAST_PIECE_BYTES
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if hasattr(socket, "TCP_CONGESTION"):
             try:
                 # Losses that are not congestion cost BBR little (Cardwell et al., ACM Queue 2016).
@@ -110,6 +107,11 @@ class BulkStream:
     def out_bytes(self) -> int:
         """Bytes that the kernel did not take yet."""
         return sum(view.nbytes for view, _ in self._out)
+
+    @property
+    def missing_bytes(self) -> int:
+        """What is still to come of the piece in arrival."""
+        return 0 if self._body is None else self._body.nbytes - self._filled
 
     def info(self) -> TcpInfo | None:
         """What the kernel knows of it."""
@@ -267,7 +269,6 @@ class Bundle:
         self._segments = (0, 0)
         self._rate = 0.0
         self._more_at = self._apart_by = 0.0
-        self._moved = (0.0, -1)
 
     # -- sending
 
@@ -288,6 +289,16 @@ class Bundle:
         return waiting + sum(stream.out_bytes for stream in self.streams if stream.open)
 
     @property
+    def missing_bytes(self) -> int:
+        """What is still to come of pieces that have begun to arrive."""
+        return sum(stream.missing_bytes for stream in self.streams)
+
+    @property
+    def bytes_per_s(self) -> float:
+        """What all streams together deliver."""
+        return self._rate
+
+    @property
     def sent_pieces(self) -> int:
         """How many pieces there were so far: what a goodbye tells."""
         return self._number
@@ -295,7 +306,6 @@ class Bundle:
     def add(self, source: Source) -> None:
         """Queue a source behind those before it."""
         if not self.sending:
-            self._moved = (time.monotonic(), -1)
             self._tick_at = 0.0
             if self._count_urgent(time.monotonic()):
                 self.pace.begin()
@@ -475,13 +485,6 @@ class Bundle:
         """Deadlines."""
         for stream in tuple(self.streams):
             stream.expire(now)
-        if not self.sending:
-            return
-        moved = sum(self._acked[1].values()) + self._sent_bytes - self.pending_bytes
-        if moved != self._moved[1]:
-            self._moved = (now, moved)
-        elif now - self._moved[0] > STALL_S:
-            self._pipe._stalled(f"no byte of bulk moved for {STALL_S:g} s")
 
     def tick(self, now: float) -> None:
         """Look at the link, about once a round trip: how many streams, how long a piece, how fast."""

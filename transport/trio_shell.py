@@ -30,9 +30,16 @@ class Driver:
         self.fabric = fabric
         self._moved = trio.Event()
 
-    async def receive(self, channel: Channel, timeout_s: float, kind: int | None = None) -> Message:
-        """The next message of `channel`. Raises DeadlineExceeded after `timeout_s`, ChannelClosed, ChannelBroken."""
+    async def receive(
+        self, channel: Channel, timeout_s: float | None = None, kind: int | None = None, *, size_bytes: int = 0
+    ) -> Message:
+        """The next message of `channel`. timeout_s: None for what `size_bytes` may take on its link.
+
+        Raises DeadlineExceeded after `timeout_s`, ChannelClosed, ChannelBroken.
+        """
         await trio.lowlevel.checkpoint()
+        if timeout_s is None:
+            timeout_s = channel.allowance_s(size_bytes)
         with trio.move_on_after(timeout_s):
             while True:
                 message = channel.poll(kind)
@@ -41,14 +48,27 @@ class Driver:
                 await self._turn(channel.due_s)
         raise DeadlineExceeded(f"{channel.name}: nothing arrived within {timeout_s:g} s; it is overloaded or gone")
 
-    async def send(self, channel: Channel, meta: bytes, payload: Buffer, timeout_s: float, *, kind: int = 0) -> None:
+    async def send(
+        self,
+        channel: Channel,
+        meta: bytes,
+        payload: Buffer,
+        timeout_s: float | None = None,
+        *,
+        kind: int = 0,
+        bulk: bool = False,
+    ) -> None:
         """Send one message; returns when it has left and no more than `PENDING_BYTES` are pending.
+
+        timeout_s: None for what the message and those before it may take on this link. bulk: as `Channel.send`.
 
         The payload is copied unless it is `bytes`, so that a cancelled caller may reuse its buffer at once. A message
         whose wait was cancelled or timed out is still sent. Raises DeadlineExceeded, ChannelClosed, ChannelBroken.
         """
         await trio.lowlevel.checkpoint()
-        ticket = channel.send(meta, payload if isinstance(payload, bytes) else bytes(payload), kind=kind)
+        ticket = channel.send(meta, payload if isinstance(payload, bytes) else bytes(payload), kind=kind, bulk=bulk)
+        if timeout_s is None:
+            timeout_s = channel.allowance_s(0)  # what was sent pends by now
         self.fabric.wake()
         with trio.move_on_after(timeout_s):
             while not ticket.done or channel.pending_bytes > PENDING_BYTES:

@@ -24,9 +24,6 @@ from transport import Channel, Message
 if TYPE_CHECKING:
     import torch
 
-#: How long one collective inside a step may take. A neighbour that is stopped, not dead, shows only in this.
-COLLECTIVE_S = 60.0
-
 
 class Sampler(Protocol):
     """`mesh.runtime.sampling.sample`."""
@@ -61,7 +58,7 @@ class Ring:
         *,
         epoch: Epoch,
         decoded: Decoded = NOTHING_DECODED,
-        collective_s: float = COLLECTIVE_S,
+        collective_s: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         import torch
@@ -323,19 +320,19 @@ class _TimedGroup:
         self._inner = inner
         self._clock = clock
 
-    def all_reduce_(self, tensor: torch.Tensor, timeout_s: float) -> object:
+    def all_reduce_(self, tensor: torch.Tensor, timeout_s: float | None) -> object:
         began = self._clock()
         result: object = self._inner.all_reduce_(tensor, timeout_s)
         self.spent_s += self._clock() - began
         return result
 
-    def broadcast_(self, tensor: torch.Tensor, root: int, timeout_s: float) -> object:
+    def broadcast_(self, tensor: torch.Tensor, root: int, timeout_s: float | None) -> object:
         began = self._clock()
         result: object = self._inner.broadcast_(tensor, root, timeout_s)
         self.spent_s += self._clock() - began
         return result
 
-    def gather(self, tensor: torch.Tensor, root: int, timeout_s: float) -> list[torch.Tensor] | None:
+    def gather(self, tensor: torch.Tensor, root: int, timeout_s: float | None) -> list[torch.Tensor] | None:
         began = self._clock()
         result: list[torch.Tensor] | None = self._inner.gather(tensor, root, timeout_s)
         self.spent_s += self._clock() - began

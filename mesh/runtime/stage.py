@@ -27,8 +27,6 @@ from mesh.runtime.source import ModelSource, open_model
 from mesh.runtime.work import Work, step_work
 
 Progress = Callable[[int, int], None]
-#: How long one collective may take before the neighbours are given up.
-COLLECTIVE_DEADLINE_S = 30.0
 
 
 class Collectives(Protocol):
@@ -38,9 +36,9 @@ class Collectives(Protocol):
     def rank(self) -> int: ...
     @property
     def size(self) -> int: ...
-    def all_reduce_(self, tensor: torch.Tensor, timeout_s: float) -> object: ...
-    def broadcast_(self, tensor: torch.Tensor, root: int, timeout_s: float) -> object: ...
-    def gather(self, tensor: torch.Tensor, root: int, timeout_s: float) -> list[torch.Tensor] | None: ...
+    def all_reduce_(self, tensor: torch.Tensor, timeout_s: float | None) -> object: ...
+    def broadcast_(self, tensor: torch.Tensor, root: int, timeout_s: float | None) -> object: ...
+    def gather(self, tensor: torch.Tensor, root: int, timeout_s: float | None) -> list[torch.Tensor] | None: ...
 
 
 class Engine(Protocol):
@@ -139,7 +137,7 @@ class StageModel:
         count: int | None = None,
         group: Collectives | None = None,
         logits: bool = True,
-        timeout_s: float = COLLECTIVE_DEADLINE_S,
+        timeout_s: float | None = None,
     ) -> torch.Tensor:
         """One step of `request`: n positions from `position` on, which must not lie beyond those already filled.
 
@@ -217,7 +215,7 @@ class StageModel:
         hidden: torch.Tensor | None,
         count: int | None,
         group: Collectives | None,
-        timeout_s: float,
+        timeout_s: float | None,
     ) -> torch.Tensor:
         a, engine = self.assignment, self._engine
         if a.leads and a.first:

@@ -35,7 +35,7 @@ class FakeModel:
         self.raises: Exception | None = None
 
     def forward(
-        self, request, position, *, tokens=None, hidden=None, count=None, group=None, logits=True, timeout_s=30.0
+        self, request, position, *, tokens=None, hidden=None, count=None, group=None, logits=True, timeout_s=None
     ):
         if self.raises is not None:
             raise self.raises

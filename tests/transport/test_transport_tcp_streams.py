@@ -118,14 +118,3 @@ def test_a_stranger_cannot_join_a_pipe_it_has_no_name_of(far_pair):
             except TimeoutError:
                 assert time.monotonic() < deadline
     assert not streams(far)
-
-
-def test_bulk_of_which_nothing_moves_is_given_up(far_pair, monkeypatch):
-    monkeypatch.setattr("transport.tcp_streams.STALL_S", 0.1)
-    near, far = far_pair
-    ticket = near.send(b"", bytes(400 << 20), bulk=True)
-    with pytest.raises(ChannelBroken, match="stalls"):
-        until(lambda: near.poll() is near)  # the other end is not driven
-    assert ticket.done
-    with pytest.raises(ChannelBroken):
-        until(lambda: far.poll() is far, near.fabric)
