@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from transport.deadlines import allowance_s
 from transport.pace import Pace
 
 
@@ -68,9 +67,3 @@ def test_bulk_is_not_starved_by_others_who_fill_the_queue():
     assert pace.rate >= 0.5 * 4e6
     pace.reset()
     assert pace.rate is None
-
-
-def test_an_operation_is_given_time_by_its_size_and_its_link():
-    assert allowance_s(0) < allowance_s(1 << 20) < allowance_s(1 << 30)
-    assert allowance_s(1 << 30, 0.2, 1e9) < allowance_s(1 << 30, 0.2) < allowance_s(1 << 30, 0.4)
-    assert allowance_s(64) >= 10
