@@ -205,10 +205,10 @@ class Assembler:
         return self._rings[leads]
 
     def hop_s(self, source: str, target: str, size_bytes: float) -> float:
-        """Seconds for `size_bytes` from the lead at one site to the lead at another."""
+        """Seconds for `size_bytes` from the lead at one site to the lead at another, which has waited for them."""
         key = (source, target, size_bytes)
         if key not in self._hops:
-            self._hops[key] = self.picture.path(source, target).transfer_s(size_bytes)
+            self._hops[key] = self.picture.path(source, target).transfer_s(size_bytes) + self.picture.waking_s(target)
         return self._hops[key]
 
     def ordered(
@@ -356,6 +356,7 @@ class Assembler:
             return None  # a lead other than the one the ring was made for cannot reach its neighbour
         tokens = min(PREFILL_TOKENS, self.context)
         prefill_hops_s = [self.hop_s(a, b, tokens * size) for (a, b), size in zip(around[:-1], sizes[:-1], strict=True)]
+        waking_s = [self.picture.waking_s(target) for _, target in around]
         head_s = math.fsum(each.head_s + each.head_network_s for each in fits)
         carried_s = [size / self.picture.path(a, b).bandwidth for (a, b), size in zip(around, sizes, strict=True)]
         stage_s: dict[str, float] = {}
@@ -367,8 +368,11 @@ class Assembler:
         candidate = Candidate(
             fits=fits,
             counts=counts,
-            compute_s=math.fsum(n * each.layer_s + each.head_s for each, n in pairs),
-            network_s=math.fsum([n * each.layer_network_s + each.head_network_s for each, n in pairs] + hops_s),
+            compute_s=math.fsum([n * each.layer_s + each.head_s for each, n in pairs] + waking_s),
+            network_s=math.fsum(
+                [n * each.layer_network_s + each.head_network_s for each, n in pairs]
+                + [hop_s - more_s for hop_s, more_s in zip(hops_s, waking_s, strict=True)]
+            ),
             first_token_s=math.fsum(
                 [n * (each.prefill_layer_s + each.prefill_layer_network_s) for each, n in pairs] + prefill_hops_s
             )

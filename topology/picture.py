@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Final
 
 from topology.constraints import Constraints
@@ -55,6 +56,7 @@ class Node:
 
     `layer_s` is what a layer costs beside its bytes, None where nobody measured it, and `row_s` a row of the head.
     `together`: how many times as long it takes beside another device of its site that computes at the same time.
+    `waking_s`: what a token takes longer where the device had to wait for it.
 
     `dtype` is what it holds weights in where that is not the model's own. Its figures are then in the model's terms: a
     byte of the model's takes `scale` bytes there, and besides `extra_bytes` are taken by what is in float32 anyway.
@@ -69,6 +71,7 @@ class Node:
     layer_s: float | None = None
     row_s: float = 0.0
     together: float = 1.0
+    waking_s: float = 0.0
     dtype: str = ""
     scale: float = 1.0
     extra_bytes: int = 0
@@ -144,6 +147,15 @@ class Picture:
     def path(self, source: str, target: str) -> Path:
         """The path from one site to another."""
         return self.paths[source, target]
+
+    def waking_s(self, site: str) -> float:
+        """Seconds that a stage led from the site takes longer because it waits for the other stages."""
+        return self.waking.get(site, 0.0)
+
+    @cached_property
+    def waking(self) -> Mapping[str, float]:
+        """The same by site: that of its slowest device to wake."""
+        return {name: max(node.waking_s for node in nodes) for name, nodes in self.nodes.items()}
 
     def without(self, keys: Collection[str]) -> Picture:
         """The picture as if the devices of those `site/device` keys did not exist."""
@@ -248,13 +260,14 @@ def _node(site: Site, device: Device, model: ModelSpec, reserve: bool, notes: li
     # At a batch of one a weight is read once for two operations: the roofline's lower branch is nearly always it.
     idle = (1 - device.load) / device.pace
     speed, layer_s = min(device.memory_bandwidth, flops * model.weight_bytes / 2), None
-    row_s, together = model.row_bytes / speed, 1.0
+    row_s, together, waking_s = model.row_bytes / speed, 1.0, 0.0
     measured = device.decoding.get(model.dtype)
     if measured is not None and model.weight_bytes == model.element_bytes:
         if _decodes(measured):
             speed, layer_s = _decoding(measured, model)
             layer_s /= idle
             row_s, together = measured.row_s + model.row_bytes / measured.bandwidth, measured.together
+            waking_s = measured.waking_s
         else:
             notes.append(f"{site.name}/{device.name} tells impossible times of {model.dtype} layers; they do not count")
     speed *= idle
@@ -266,7 +279,8 @@ def _node(site: Site, device: Device, model: ModelSpec, reserve: bool, notes: li
     if device.pace != 1.0:
         notes.append(f"{site.name}/{device.name} takes {device.pace:.2f} times as long as it was measured to, now")
     row_s /= idle
-    return Node(site.name, device.name, speed, flops * idle, usable, device.price_per_hour, layer_s, row_s, together)
+    price = device.price_per_hour
+    return Node(site.name, device.name, speed, flops * idle, usable, price, layer_s, row_s, together, waking_s)
 
 
 def _decodes(measured: Decoding) -> bool:
@@ -275,6 +289,7 @@ def _decodes(measured: Decoding) -> bool:
         and _within(measured.row_s, MAX_LAYER_S, zero=True)
         and _within(measured.bandwidth, MAX_MEMORY_BANDWIDTH)
         and _within(measured.together, MAX_TOGETHER)
+        and _within(measured.waking_s, MAX_LAYER_S, zero=True)
         and measured.together >= 1.0
     )
 

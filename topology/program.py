@@ -69,9 +69,9 @@ class Run:
             carried_s = model.activation_bytes / path.bandwidth
             home_s = TOKEN_BYTES / path.bandwidth
             if path.reachable and carried_s <= self.limit_s:
-                hop[i, j] = carried_s if self.combine is np.maximum else path.transfer_s(size)
+                hop[i, j] = carried_s if self.combine is np.maximum else exact.assembler.hop_s(a, b, size)
             if path.reachable and home_s <= self.limit_s:
-                closing[i, j] = home_s if self.combine is np.maximum else path.transfer_s(TOKEN_BYTES)
+                closing[i, j] = home_s if self.combine is np.maximum else exact.assembler.hop_s(a, b, TOKEN_BYTES)
                 if self.policy == "prefill":
                     closing[i, j] = 0.0  # the first token is there before it goes home
         return hop, closing

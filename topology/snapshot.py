@@ -32,13 +32,15 @@ class Decoding:
 
     A layer takes `layer_s` whatever its size, `row_s` for each output row of its matrices, and its bytes at `bandwidth`
     bytes/s: short rows are slower a byte than long ones. `together` times as long, 1 or more, where another device of
-    the site computes at the same time: cores share memory bandwidth and caches.
+    the site computes at the same time: cores share memory bandwidth and caches. A step that the device had to wait for
+    takes `waking_s` longer: a core that slept is slow at first, and its caches are cold.
     """
 
     layer_s: float
     row_s: float
     bandwidth: float
     together: float = 1.0
+    waking_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

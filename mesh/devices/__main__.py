@@ -99,6 +99,12 @@ def _measured(load_torch: Callable[[], Any], found: Found, threads: int) -> Spee
                 exchange_s = company.exchange_s
             if found.kind == "cpu" and company.together is not None:
                 decoding[dtype] = replace(decoding[dtype], together=company.together)
+        if found.kind == "cpu":
+            with torch.inference_mode():
+                decoding = {
+                    dtype: replace(each, waking_s=layers.waking_s(torch, dtype, found.free_bytes))
+                    for dtype, each in decoding.items()
+                }
         return replace(speed, decoding=decoding, exchange_s=exchange_s)
 
 

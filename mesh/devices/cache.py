@@ -25,7 +25,7 @@ from topology.snapshot import Decoding
 
 FILE_NAME = "calibration.json"
 #: Raised whenever the way of measuring changes, so that old figures are measured again.
-_FORMAT = 3
+_FORMAT = 4
 _BOUNDS = (1e3, 1e18)
 _MOST_S = 1.0
 _MOST_ENTRIES = 64
@@ -92,7 +92,10 @@ def _checked(entry: Any) -> Speed | None:
     except (KeyError, TypeError, AttributeError):
         return None
     exchange_s = entry.get("exchange_s")
-    times = [exchange_s or 0.0, *(time for each in decoding.values() for time in (each.layer_s, each.row_s))]
+    times = [
+        exchange_s or 0.0,
+        *(time for each in decoding.values() for time in (each.layer_s, each.row_s, each.waking_s)),
+    ]
     if not all(map(_brief, times)) or not all(_sane(each.bandwidth) for each in decoding.values()):
         return None
     if not all(_sane(each.together, (1.0, MAX_TOGETHER)) for each in decoding.values()):

@@ -281,4 +281,5 @@ def _decoding(figures: Mapping[str, Any]) -> Decoding:
         row_s=_number(figures["row_s"], MAX_LAYER_S),
         bandwidth=_number(figures["bandwidth"], MAX_SPEED),
         together=max(1.0, _number(figures.get("together", 1.0), MAX_TOGETHER)),
+        waking_s=_number(figures.get("waking_s", 0.0), MAX_LAYER_S),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from mesh.devices import layers
 from mesh.devices.calibration import Busy
 from mesh.devices.exchange import LAYERS, Company, Partner, judged
-from mesh.devices.layers import Sample, decoding, fit
+from mesh.devices.layers import Sample, decoding, fit, waking_s
 
 
 def test_what_times_follow_is_found_out() -> None:
@@ -64,6 +65,19 @@ def test_a_machine_too_busy_to_be_measured_is_left_at_once(monkeypatch: pytest.M
                 with pytest.raises(Busy):
                     decoding(torch, "cpu", "float32", 2**24, typical, clock=slow(step_s))
             assert len(runs) == begun
+
+
+def test_waking_is_what_a_step_takes_longer_after_a_rest_than_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(layers, "_CPU", (Sample(64, 2, 128),))
+    # Looked at before the step after a rest, after it, and after the next step: 3 ms and 1 ms.
+    looks = itertools.accumulate(itertools.cycle((1.0, 3e-3, 1e-3)))
+    rests: list[float] = []
+    with torch.inference_mode():
+        found = waking_s(torch, "float32", 2**24, clock=lambda: next(looks), sleep=rests.append)
+        assert found == pytest.approx(2e-3)
+        assert rests and min(rests) > 0
+        assert waking_s(torch, "float32", 0, clock=lambda: next(looks), sleep=rests.append) == 0.0
 
 
 def test_an_exchange_is_what_a_step_takes_beyond_computing_in_company() -> None:

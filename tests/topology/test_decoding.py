@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from meshes import SMOL, cpu, mesh, site
@@ -11,6 +11,7 @@ from topology import partition
 from topology.constraints import Constraints
 from topology.cost import LAYER_OVERHEAD_S, fit
 from topology.picture import Picture, look
+from topology.plan import Predicted
 from topology.snapshot import Decoding, Device, Snapshot, device_from
 
 MEASURED = {"float32": Decoding(layer_s=1e-4, row_s=5e-8, bandwidth=20e9)}
@@ -46,6 +47,21 @@ def test_a_shard_saves_only_what_it_is_cut_in() -> None:
     assert both.layer_s > slowest
 
 
+def test_a_stage_that_waits_for_the_others_wakes_up_each_time() -> None:
+    sleepy = {"float32": replace(MEASURED["float32"], waking_s=2e-3)}
+    model, wanted = SMOL, {"context": 128, "shards": [1, 1], "sites": ["a", "b"]}
+
+    def predicted(decoding: dict[str, Decoding], memory: int, constraints: dict[str, object]) -> Predicted:
+        sites = [site(name, cpu(memory=memory, decoding=decoding)) for name in "ab"]
+        return partition(mesh(sites, {"a-b": 10.0}), model, constraints).predicted
+
+    quick, slow = (predicted(decoding, 2**30, wanted) for decoding in (MEASURED, sleepy))
+    assert slow.compute_ms == pytest.approx(quick.compute_ms + 2 * 2.0)
+    assert slow.network_ms == pytest.approx(quick.network_ms)
+    alone = {"context": 128, "shards": [1]}
+    assert predicted(MEASURED, 2**31, alone) == predicted(sleepy, 2**31, alone)
+
+
 def test_a_busy_device_takes_longer_for_all_of_it() -> None:
     (idle,), (busy,) = (_picture(cpu(decoding=MEASURED, load=load)).nodes["a"] for load in (0.0, 0.5))
     assert busy.layer_s == 2 * (idle.layer_s or 0)
@@ -58,7 +74,9 @@ def test_another_dtype_is_not_taken_for_measured() -> None:
     assert node.speed == 15e9
 
 
-@pytest.mark.parametrize("changes", [{"layer_s": -1.0}, {"row_s": 2.0}, {"bandwidth": 0.0}, {"bandwidth": 1e30}])
+@pytest.mark.parametrize(
+    "changes", [{"layer_s": -1.0}, {"row_s": 2.0}, {"waking_s": -1.0}, {"bandwidth": 0.0}, {"bandwidth": 1e30}]
+)
 def test_impossible_times_do_not_count_and_are_told(changes: dict[str, float]) -> None:
     measured = Decoding(**{**asdict(MEASURED["float32"]), **changes})
     picture = _picture(cpu(decoding={"float32": measured}))
