@@ -18,12 +18,11 @@ def acquaint(net: VirtualNetwork) -> None:
     claims = {core.site: core._swim.own_claim() for core in cores}
     published = {core.site: core._state.owner(core.site) for core in cores}
     for core in cores:
-        own, prober = core._swim._own, core._swim._prober
+        own = core._swim._own
         for site, claim in claims.items():
             if site != core.site and own.roster.get(site) is None:
                 peer = Peer(site, claim.address, ALIVE, claim.incarnation, claim.proof)
-                own.roster.add(peer)
-                prober.turns.enlist(peer)
+                own.roster.add(peer)  # the next round of probes finds it there
                 core._touched(site)
                 for key, entry in published[site].entries.items():
                     core._state.merge(site, published[site].generation, key, entry)

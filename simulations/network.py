@@ -299,7 +299,8 @@ class VirtualNetwork:
         core, now = node.core, self.clock.now_s
         for address, data in core.datagrams(now):
             self._send(node, address, data, now)
-        self._streams.take(node)
+        for request in core.streams():
+            self._streams.ask(node, request)
         for event in core.events():
             if self.record:
                 node.events.append((now, event))

@@ -38,10 +38,9 @@ class Streams:
         self._net = net
         self._chance = chance
 
-    def take(self, node: Node) -> None:
+    def ask(self, node: Node, request: StreamRequest) -> None:
         """Start what a core wants to ask over a stream."""
-        for request in node.core.streams():
-            _Exchange(self._net, self._chance, node, request)
+        _Exchange(self._net, self._chance, node, request)
 
 
 class _Exchange:

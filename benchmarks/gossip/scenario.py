@@ -108,13 +108,10 @@ class _Run:
         self._grouped: dict[bool, dict[str, int]] = {}
 
     def figures(self) -> dict[str, Any]:
-        joined_s = self._start()
-        # What is there now stays to the end: a thousand cores are gigabytes that need not be searched for garbage.
-        gc.collect()
-        gc.freeze()
         try:
-            return self._measured(joined_s)
+            return self._measured(self._start())
         finally:
+            gc.enable()
             gc.unfreeze()
 
     def _measured(self, joined_s: float | None) -> dict[str, Any]:
@@ -150,6 +147,7 @@ class _Run:
         net, names = self._net, self._sites
         first_s = net.clock()
         crowd = len(names) > JOIN_MOST
+        gc.disable()
         for number, name in enumerate(names):
             seeds = [] if crowd else self._seeds(number)
             net.clock.at(first_s + START_S * number / len(names), self._spawn, name, seeds)
@@ -163,6 +161,9 @@ class _Run:
                 f"seed {self._set.seed}: {CONVERGED_WITHIN_S:g} virtual seconds after the start "
                 f"{seen} of {pairs} pairs see each other"
             )
+        # What is there now stays to the end: a thousand cores are gigabytes that need not be searched for garbage.
+        gc.freeze()
+        gc.enable()
         joined_s = None if crowd else net.clock() - first_s
         net.run_for(WARM_S + WARM_EACH_S * len(names))
         return joined_s

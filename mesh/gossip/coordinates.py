@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 import struct
+from functools import lru_cache
 from typing import Final, NamedTuple, Protocol
 
 import numpy as np
@@ -57,6 +58,10 @@ CAUTION: Final = 4.0
 
 _PACKED = struct.Struct(f">{DIMENSIONS + 2}f")
 PACKED_BYTES: Final = _PACKED.size
+#: Packed coordinates whose contents are remembered: each is looked at by the decoder and by whoever uses it, and some
+#: are published and measured against for minutes.
+UNPACKED: Final = 4096
+_ONES = np.ones(DIMENSIONS)
 
 _Vector = npt.NDArray[np.float64]
 
@@ -80,7 +85,9 @@ class Coordinate(NamedTuple):
         """Whether an honest site can have it: the right size, finite, within bounds."""
         return (
             len(self.place) == DIMENSIONS
-            and all(math.isfinite(value) and abs(value) <= MAX_PLACE_S for value in self.place)
+            and min(self.place) >= -MAX_PLACE_S
+            and max(self.place) <= MAX_PLACE_S
+            and math.isfinite(sum(self.place))  # minimum and maximum may pass a NaN over
             and 0.0 <= self.height_s <= MAX_HEIGHT_S
             and 0.0 <= self.error <= MAX_ERROR
         )
@@ -94,11 +101,16 @@ class Coordinate(NamedTuple):
         """The inverse. Raises ValueError for bytes that no honest site sends."""
         if type(data) is not bytes or len(data) != PACKED_BYTES:
             raise ValueError(f"a coordinate is {PACKED_BYTES} bytes")
-        *place, height_s, error = _PACKED.unpack(data)
-        coordinate = cls(tuple(place), height_s, error)
-        if not coordinate.sound():
-            raise ValueError("a coordinate out of bounds")
-        return coordinate
+        return _unpacked(data)
+
+
+@lru_cache(maxsize=UNPACKED)
+def _unpacked(data: bytes) -> Coordinate:
+    *place, height_s, error = _PACKED.unpack(data)
+    coordinate = Coordinate(tuple(place), height_s, error)
+    if not coordinate.sound():
+        raise ValueError("a coordinate out of bounds")
+    return coordinate
 
 
 def estimate_s(one: Coordinate, other: Coordinate) -> float:
@@ -169,7 +181,7 @@ class Coordinates:
         if not self._peers:
             return False
         far_s = math.dist(before.place, self._place) + abs(before.height_s - self._height_s)
-        return far_s > max(least_s, share * _middle(self._rtts[: len(self._peers)]))
+        return far_s > max(least_s, share * _middle(self._rtts[: len(self._peers)].copy()))
 
     def heard(self, peer: str, coordinate: Coordinate) -> None:
         """`peer` is at `coordinate` now, says gossip. Counts only for peers that were probed, and moves nothing yet."""
@@ -194,33 +206,44 @@ class Coordinates:
 
     def _replay(self, steps: int) -> None:
         count = len(self._peers)
-        places, heights, rtts = self._places[:count], self._heights[:count], self._rtts[:count]
+        # On so few numbers a call costs more than what it computes: hence ufuncs, products and results put in place.
+        total = np.add.reduce
+        places, rtts = self._places[:count], self._rtts[:count]
+        rests = rtts - self._heights[:count]
         scale = np.maximum(rtts, NOISE_S)
-        base = scale**-1.5
-        limit_s = _middle(rtts)
-        base = np.minimum(base, MAX_SHARE * max(limit_s, NOISE_S) ** -1.5)
+        limit_s = _middle(rtts.copy())
+        base = np.minimum(scale**-1.5, MAX_SHARE * max(limit_s, NOISE_S) ** -1.5)
         base *= np.exp((self._when[:count] - self._probes) / (FIRST_AGE + AGE_SHARE * self._probes))
         pace = count / (count + CAUTION)
-        gaps = rtts
+        place, height_s = self._place, self._height_s
+        relative = rests
         for _ in range(steps):
-            away = self._place - places
-            distance = np.sqrt(np.einsum("ij,ij->i", away, away) + 1e-12)
-            gaps = rtts - distance - heights - self._height_s
+            away = place - places
+            distance = (away * away) @ _ONES
+            distance += 1e-12
+            np.sqrt(distance, out=distance)
+            gaps = rests - distance
+            gaps -= height_s
             reach_s = max(limit_s, _middle(np.abs(gaps)))
-            weight = base / np.hypot(gaps / scale, SOFTNESS)
-            weight /= weight.sum()
-            force = weight * gaps
-            step = (force / distance) @ away
-            length = math.sqrt(float(step @ step))
-            self._place = self._place + step * (pace * min(1.0, reach_s / length if length else 1.0))
-            height_s = self._height_s + pace * max(-reach_s, min(reach_s, float(force.sum())))
-            self._height_s = min(max(height_s, MIN_HEIGHT_S), MAX_HEIGHT_S)
-        self._place = np.clip(self._place, -MAX_PLACE_S, MAX_PLACE_S)
-        relative = np.minimum(np.abs(gaps) / scale, MAX_ERROR)
-        self._error = min(MAX_ERROR, float((relative.sum() + 2 * MAX_ERROR) / (count + 2)))
+            relative = gaps / scale
+            force = base / np.hypot(relative, SOFTNESS)
+            sum_of_weights = float(total(force))
+            force *= gaps
+            push_s = float(total(force)) / sum_of_weights
+            force /= distance
+            step = force @ away
+            length = math.sqrt(float(step @ step)) / sum_of_weights
+            step *= pace * min(1.0, reach_s / length if length else 1.0) / sum_of_weights
+            place = place + step
+            height_s = min(max(height_s + pace * max(-reach_s, min(reach_s, push_s)), MIN_HEIGHT_S), MAX_HEIGHT_S)
+        self._place = np.minimum(np.maximum(place, -MAX_PLACE_S), MAX_PLACE_S)
+        self._height_s = height_s
+        off = float(total(np.minimum(np.abs(relative), MAX_ERROR)))
+        self._error = min(MAX_ERROR, (off + 2 * MAX_ERROR) / (count + 2))
 
 
 def _middle(values: _Vector) -> float:
-    """The upper median; numpy's own takes five times as long on so few."""
+    """The upper median of values that are put out of order; numpy's own takes five times as long on so few."""
     half = len(values) // 2
-    return float(np.partition(values, half)[half])
+    values.partition(half)
+    return float(values[half])

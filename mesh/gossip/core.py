@@ -171,9 +171,10 @@ class GossipCore:
 
     def _head(self) -> bytes:
         own = self._swim.own_claim()
-        said = Sender(self.site, self.address, own.incarnation, self._swim.left, self._entries.print(), own.proof)
+        said = (own, self._entries.print())
         if self._packed_head[0] != said:
-            self._packed_head = (said, pack_sender(said))
+            sender = Sender(self.site, self.address, own.incarnation, self._swim.left, said[1], own.proof)
+            self._packed_head = (said, pack_sender(sender))
         return self._packed_head[1]
 
     def events(self) -> list[Event]:
@@ -346,7 +347,7 @@ class GossipCore:
 
     def _others(self) -> int:
         """Other live members."""
-        return sum(1 for peer in self._swim.peers.values() if peer.live)
+        return len(self._swim.live())
 
     def _push_soon(self, now: float) -> None:
         pending = self._entries.spread.pushing or self._swim.rumours.pushing

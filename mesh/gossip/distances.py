@@ -85,7 +85,8 @@ class Distances:
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         """What has changed enough to be published: key and value. `fellows(key)`: sites that have not published any."""
         waiting = fellows(LINKS) if fellows is not None and self.links.untold else None
-        links = self.links.changed(self.reports(live, now), now, waiting)
+        known = {peer.site: self._report(peer, now) for peer in live if peer.rtt.measured or peer.reach.broken}
+        links = self.links.changed(known, now, waiting, len(live))
         if links is not None:
             yield LINKS, links
         if (

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from mesh.gossip.distances import Distances
 from mesh.gossip.entries import Entries
-from mesh.gossip.members import ALIVE, LEFT, Claim
+from mesh.gossip.members import Claim
 from mesh.gossip.messages import (
     Ack,
     Buckets,
@@ -61,14 +61,16 @@ class Inbox:
 
     def take(self, sender: Sender, messages: list[Message], source: str, now: float, *, direct: bool = True) -> None:
         """Take what a datagram (`direct`) or a stream held. Raises Forged for a head that its site did not sign."""
-        state = LEFT if sender.left else ALIVE
-        if not self._proofs.holds(Claim(sender.site, sender.address, state, sender.incarnation, proof=sender.proof)):
+        if not self._proofs.said(sender):
             raise Forged(f"{sender.site} did not say so")
         self._post.place(source, sender.site)
         if self._swim.hear(sender, source, now, direct=direct):
+            pinged = False
             for message in messages:
-                self._handlers[type(message)](self, sender, source, message, now)
-            if any(type(message) is Ping for message in messages) and not (sender.left or self._swim.left):
+                kind = type(message)
+                pinged = pinged or kind is Ping
+                self._handlers[kind](self, sender, source, message, now)
+            if pinged and not (sender.left or self._swim.left):
                 self._reconcile(sender, source, now)
         else:
             for message in messages:

@@ -18,7 +18,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from statistics import median
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgpack
 
@@ -57,8 +57,7 @@ MAX_RTT_S, MAX_BANDWIDTH, MAX_LINKS, MAX_AGE_S = 60.0, 1e13, 1024, 1e9
 TRANSPORTS = frozenset({"tcp", "ucx"})
 
 
-@dataclass(frozen=True, slots=True)
-class LinkReport:
+class LinkReport(NamedTuple):
     """What one end says of a link; None where it does not know.
 
     `out`: whether what it sends arrives; `into`: whether it hears the other. `bandwidth` is bytes/s out. `age_s`: how
@@ -295,38 +294,42 @@ class Links:
         return self._published is None
 
     def changed(
-        self, reports: Mapping[str, LinkReport], now: float, fellows: int | None = None
+        self, reports: Mapping[str, LinkReport], now: float, fellows: int | None = None, others: int | None = None
     ) -> dict[str, Any] | None:
         """The document to publish, or None if the last one still holds, or another would cost too much now.
 
-        `fellows`: sites that have not published any yet, None where that is not known.
+        `fellows`: sites that have not published any yet, None where that is not known. `others`: live sites, where
+        `reports` leaves out those of which nothing is known.
         """
-        chosen = self._chosen(reports)
+        others = len(reports) if others is None else others
+        chosen = self._chosen(reports, others)
         old = self._published
         # In a large mesh the first word waits until there is a nearest to choose.
-        if old is None and len(chosen) < (1 if len(reports) < WHOLE_MATRIX else NEAREST + SAMPLE):
+        if old is None and len(chosen) < (1 if others < WHOLE_MATRIX else NEAREST + SAMPLE):
             return None
         urgent = old is not None and any(site in old and old[site].cut != said.cut for site, said in chosen.items())
-        if old is not None and not urgent and not self._differ(old, chosen, reports):
+        if old is not None and not urgent and not self._differ(old, chosen, reports, others):
             return None
         document = {site: report.row() for site, report in sorted(chosen.items())}
         size_bytes = len(msgpack.packb(document)) + OVERHEAD_BYTES
-        if not self._pace.pay(size_bytes, len(reports) + 1, now, urgent=urgent, fellows=fellows):
+        if not self._pace.pay(size_bytes, others + 1, now, urgent=urgent, fellows=fellows):
             return None
         self._published = chosen
         return document
 
-    def _differ(self, old: Mapping[str, LinkReport], new: Mapping[str, LinkReport], reports: Collection[str]) -> bool:
+    def _differ(
+        self, old: Mapping[str, LinkReport], new: Mapping[str, LinkReport], reports: Collection[str], others: int
+    ) -> bool:
         if any(site in old and said.differs(old[site]) for site, said in new.items()):
             return True
         gone = [site for site in old if site not in reports]
         swapped = len(new.keys() - old.keys())
         # Above the whole matrix two sites that are equally near may change places with every probe.
-        return bool(gone) or len(new) > len(old) or swapped > (0 if len(reports) <= WHOLE_MATRIX else NEAREST // 4)
+        return bool(gone) or len(new) > len(old) or swapped > (0 if others <= WHOLE_MATRIX else NEAREST // 4)
 
-    def _chosen(self, reports: Mapping[str, LinkReport]) -> dict[str, LinkReport]:
+    def _chosen(self, reports: Mapping[str, LinkReport], others: int) -> dict[str, LinkReport]:
         known = {site: said for site, said in reports.items() if said.min_s is not None or said.cut}
-        if len(reports) < WHOLE_MATRIX:
+        if others < WHOLE_MATRIX:
             return known
         return {site: known[site] for site in choose(self._site, known)}
 

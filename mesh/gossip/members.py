@@ -11,6 +11,8 @@ from mesh.gossip.timers import Timer
 
 ALIVE, SUSPECT, DEAD, LEFT = STATES = ("alive", "suspect", "dead", "left")
 
+_LIVE = frozenset({ALIVE, SUSPECT})
+
 #: At the same incarnation the graver claim wins (SWIM, section 4.2).
 RANK = {state: rank for rank, state in enumerate(STATES)}
 
@@ -138,8 +140,8 @@ class Peer:
     told_s: float = float("-inf")
     died_s: float = float("-inf")
     returns: int = 0
-    guides: list[str] = field(default_factory=list)
-    acquitted: set[str] = field(default_factory=set)
+    guides: tuple[str, ...] = ()
+    acquitted: frozenset[str] = frozenset()
     acquitted_s: float = float("-inf")
     acquittals: int = 0
     spared_s: float = float("-inf")
@@ -147,7 +149,7 @@ class Peer:
     @property
     def live(self) -> bool:
         """Alive or suspect: counted as a member until proven dead."""
-        return self.state in (ALIVE, SUSPECT)
+        return self.state in _LIVE
 
     def claim(self, accuser: str = "") -> Claim:
         """What we say about this peer."""

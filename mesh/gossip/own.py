@@ -58,6 +58,7 @@ class Own:
         self.ask = ask
         self._pack = pack
         self._prove = prove
+        self._said: Claim | None = None
         self._asked: deque[bool] = deque(maxlen=SIGHT_WINDOW)
 
     @property
@@ -67,7 +68,11 @@ class Own:
 
     def claim(self) -> Claim:
         """What we say of ourselves."""
-        return self._prove(Claim(self.site, self.address, LEFT if self.left else ALIVE, self.incarnation))
+        said = self._said
+        state = LEFT if self.left else ALIVE
+        if said is None or said.incarnation != self.incarnation or said.state != state:
+            said = self._said = self._prove(Claim(self.site, self.address, state, self.incarnation))
+        return said
 
     def tell(self, claim: Claim) -> None:
         """Spread a claim, unless nothing of it is news to others."""

@@ -97,7 +97,7 @@ class Post:
             if load:
                 sent.append(self._sealed(address, head, load, now))
         self._counters["sent"] += len(sent)
-        self._counters["sent_bytes"] += sum(len(datagram.data) for datagram in sent)
+        self._counters["sent_bytes"] += sum([len(datagram.data) for datagram in sent])
         return sent
 
     def _sealed(self, address: str, head: bytes, load: list[bytes], now: float) -> Datagram:

@@ -268,7 +268,7 @@ class Prober:
         if peer is None or not peer.live:
             return
         if waiting.why == "helper" and sender.site != peer.site:
-            peer.guides = [sender.site, *(site for site in peer.guides if site != sender.site)][:MAX_GUIDES]
+            peer.guides = (sender.site, *(site for site in peer.guides if site != sender.site))[:MAX_GUIDES]
         if peer.probe is probe:
             self.drop(peer)
             self._own.well()

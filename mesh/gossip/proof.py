@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 import msgpack
 
 from mesh.gossip.members import LEFT, Claim
+from mesh.gossip.messages import Sender
 
 #: A signature: 64 bytes of Ed25519, at most 72 of ECDSA P-256 in DER.
 MAX_PROOF_BYTES = 72
@@ -102,14 +103,20 @@ class Proofs:
 
     def holds(self, claim: Claim) -> bool:
         """Whether the subject of a claim once said what the claim rests on: that it lives there, or that it leaves."""
-        place = _place(claim)
-        if self._held.get(place) == claim.proof and self._prover.knows(claim.site):  # it may have been put out since
+        return self._holds(_place(claim), claim.proof)
+
+    def said(self, sender: Sender) -> bool:
+        """The same for the head of a datagram."""
+        return self._holds((sender.site, sender.address, sender.incarnation, sender.left), sender.proof)
+
+    def _holds(self, place: tuple[str, str, int, bool], proof: bytes) -> bool:
+        if self._held.get(place) == proof and self._prover.knows(place[0]):  # it may have been put out since
             return True
-        if not self._prover.verify(claim.site, claim_message(self._cluster, *place), claim.proof):
+        if not self._prover.verify(place[0], claim_message(self._cluster, *place), proof):
             return False
         if len(self._held) >= MAX_REMEMBERED:
             del self._held[next(iter(self._held))]
-        self._held[place] = claim.proof
+        self._held[place] = proof
         return True
 
     def knows(self, site: str) -> bool:

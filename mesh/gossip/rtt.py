@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import median
+from typing import NamedTuple
 
 #: Samples kept per pair. At one probe a second and pair this is half a minute: long enough for a steady minimum, short
 #: enough to follow a changed route.
@@ -14,8 +13,7 @@ WINDOW = 32
 ABSURD_S = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class Rtt:
+class Rtt(NamedTuple):
     """What a window of probes says. `jitter_s` is the mean distance from the median, `loss` the share unanswered."""
 
     min_s: float
@@ -26,37 +24,52 @@ class Rtt:
 
 
 class RttWindow:
-    """The last `WINDOW` round trips to one peer, and the fate of the last `WINDOW` probes."""
+    """The last `WINDOW` round trips to one peer, and the fate of the last `WINDOW` probes.
+
+    Lists, because most peers of a large mesh are measured a few times: two deques take a kilobyte before the first.
+    """
+
+    __slots__ = ("_lost", "_samples", "_summary")
 
     def __init__(self) -> None:
-        self._samples: deque[float] = deque(maxlen=WINDOW)
-        self._lost: deque[bool] = deque(maxlen=WINDOW)
+        self._samples: list[float] | None = None
+        self._lost: list[bool] | None = None
         self._summary: Rtt | None = None
 
     def answered(self, rtt_s: float) -> None:
         """Take one measured round trip; absurd ones are ignored."""
         if 0.0 <= rtt_s <= ABSURD_S:
+            if self._samples is None:
+                self._samples = []
+            elif len(self._samples) >= WINDOW:
+                del self._samples[0]
             self._samples.append(rtt_s)
-            self._lost.append(False)
-            self._summary = None
+            self._fate(lost=False)
 
     def lost(self) -> None:
         """A direct probe stayed without an answer."""
-        self._lost.append(True)
+        self._fate(lost=True)
+
+    def _fate(self, *, lost: bool) -> None:
+        if self._lost is None:
+            self._lost = []
+        elif len(self._lost) >= WINDOW:
+            del self._lost[0]
+        self._lost.append(lost)
         self._summary = None
 
     @property
     def measured(self) -> bool:
         """Whether any probe was answered."""
-        return bool(self._samples)
+        return self._samples is not None
 
     def summary(self) -> Rtt | None:
         """Minimum, median, jitter and loss, or None before the first answer."""
-        if self._summary is None and self._samples:
-            middle = median(self._samples)
-            spread = fmean(abs(sample - middle) for sample in self._samples)
-            loss = sum(self._lost) / len(self._lost)
-            self._summary = Rtt(min(self._samples), middle, spread, len(self._samples), loss)
+        samples, fates = self._samples, self._lost
+        if self._summary is None and samples and fates:
+            middle = median(samples)
+            spread = sum([abs(sample - middle) for sample in samples]) / len(samples)
+            self._summary = Rtt(min(samples), middle, spread, len(samples), sum(fates) / len(fates))
         return self._summary
 
     def timeout_s(

@@ -179,7 +179,19 @@ class Swim:
             if sender.address == self.address:
                 self._absent.not_a_seed(source)  # we are among our own seeds
             return False
-        peer = self.peers.get(sender.site)
+        peer = own.roster.get(sender.site)
+        if (
+            peer is not None
+            and peer.state == ALIVE
+            and peer.incarnation == sender.incarnation
+            and peer.address == sender.address
+            and not sender.left
+        ):  # what nearly every datagram says: nothing new
+            self.contacted = True
+            own.heard_s = peer.alive_s = now
+            if direct:
+                peer.reach.heard_s = now
+            return True
         state = LEFT if sender.left else ALIVE
         claim = Claim(sender.site, sender.address, state, sender.incarnation, proof=sender.proof)
         if peer is not None and peer.address != sender.address and peer.live:

@@ -180,7 +180,7 @@ class Verdicts:
 
     def _acquitted(self, peer: Peer, accuser: str, now: float) -> bool:
         if now - peer.acquitted_s > ACQUITTED_S:
-            peer.acquitted.clear()
+            peer.acquitted = frozenset()
         return accuser in peer.acquitted or len(peer.acquitted) >= MAX_ACQUITTED
 
     def _let_know(self, peer: Peer, now: float) -> None:
@@ -198,7 +198,7 @@ class Verdicts:
             peer.rtt, peer.reach = type(peer.rtt)(), type(peer.reach)()
         renewed = claim.incarnation != peer.incarnation or moved
         if renewed:
-            peer.acquitted.clear()
+            peer.acquitted = frozenset()
         peer.address, peer.incarnation, peer.proof = claim.address, claim.incarnation, claim.proof
         own.roster.set_state(peer, claim.state)
         if renewed or (before in (DEAD, LEFT)) != (claim.state in (DEAD, LEFT)):

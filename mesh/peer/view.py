@@ -136,10 +136,10 @@ class MeshView:
         """What a site said of its links, as old as it is by now. What we measure ourselves we know to the moment."""
         if site == self.site:
             own = self._gossip.links()
-            return {to: replace(said, age_s=own[to].age_s) if to in own else said for to, said in reports.items()}
+            return {to: said._replace(age_s=own[to].age_s) if to in own else said for to, said in reports.items()}
         since_s = self._clock() - self._told_s.setdefault(site, self._clock())
         return {
-            to: said if said.age_s is None else replace(said, age_s=said.age_s + since_s)
+            to: said if said.age_s is None else said._replace(age_s=said.age_s + since_s)
             for to, said in reports.items()
         }
 

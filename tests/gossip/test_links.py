@@ -1,6 +1,5 @@
 """What a site tells of its links: worth telling, bounded, believed only where it can be."""
 
-from dataclasses import replace
 from itertools import pairwise
 
 import msgpack
@@ -175,7 +174,7 @@ def test_a_transport_that_proved_best_is_told():
     links.changed({"a": report()}, 0.0)
     links.chose("a", "ucx")
     assert links.bandwidth("a") is None
-    told = links.changed({"a": replace(report(), transport=links.transport("a"), age_s=3.4)}, FAR)
+    told = links.changed({"a": report()._replace(transport=links.transport("a"), age_s=3.4)}, FAR)
     assert (read(told)["a"].transport, read(told)["a"].age_s) == ("ucx", 3.0)
 
 
