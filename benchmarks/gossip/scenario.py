@@ -234,7 +234,9 @@ class _Run:
 
     def _detectable(self) -> list[tuple[str, str]]:
         """Pairs (observer, subject) of which the observer ought to report the subject dead, and will."""
-        return list(product(self._healthy(), self._at.crashed))
+        groups = self._groups(crashed=False) if self._at.struck.pairs else {}
+        pairs = product(self._healthy(), self._at.crashed)
+        return [pair for pair in pairs if groups.get(pair[0]) == groups.get(pair[1])]
 
     def _detection(self) -> dict[str, Any]:
         bad = set(self._at.struck.bad)
@@ -262,12 +264,12 @@ class _Run:
         if crashed and report.subject in at.crashed:
             return False
         if at.struck.pairs and report.when_s >= at.fault_s:
-            groups = self._groups(crashed)
+            groups = self._groups(crashed=crashed)
             return groups[report.observer] == groups[report.subject]
         apart = at.healed_s is not None and at.fault_s <= report.when_s < at.healed_s
         return not (apart and (report.observer in at.struck.halves[0]) != (report.subject in at.struck.halves[0]))
 
-    def _groups(self, crashed: bool) -> dict[str, int]:
+    def _groups(self, *, crashed: bool) -> dict[str, int]:
         """Site -> number of the group whose members reach each other there and back, if only through others."""
         if crashed not in self._grouped:
             gone = self._at.crashed if crashed else ()

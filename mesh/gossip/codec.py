@@ -42,7 +42,7 @@ from mesh.gossip.sealing import Foreign, Forged, Malformed, Opened, Sealer, Unse
 __all__ = ["Codec", "Datagram", "Foreign", "Malformed", "Opened", "Sealer", "Unsealed", "pack_message", "pack_sender"]
 
 MAGIC = b"ISTM"
-VERSION = 2
+VERSION = 3
 #: msgpack's array 16; its length follows in two bytes.
 _LIST = b"\xdc"
 
@@ -159,7 +159,7 @@ def _pack_claim(claim: Claim) -> list[Any]:
 
 
 _PACKERS: dict[type, Callable[[Any], bytes]] = {
-    Ping: lambda m: _pack([0, *m]),
+    Ping: lambda m: _pack([0, *m] if m.asker else [0, m.seq, m.target]),
     Ack: lambda m: _pack([1, *m]),
     Nack: lambda m: _pack([2, *m]),
     PingRequest: lambda m: _pack([3, *m]),
@@ -280,8 +280,10 @@ def _sender(item: Any) -> Sender:
 
 
 def _ping(item: list[Any]) -> Message:
-    _, seq, target = _fields(item, 3)
-    return Ping(_sequence(seq), _optional_name(target))
+    if len(item) == 3:
+        return Ping(_sequence(item[1]), _optional_name(item[2]))
+    _, seq, target, asker, asker_seq = _fields(item, 5)
+    return Ping(_sequence(seq), _name(target), _name(asker), _sequence(asker_seq))
 
 
 def _ack(item: list[Any]) -> Message:

@@ -93,7 +93,7 @@ class Inbox:
         self._swim.nack(sender, message)
 
     def _on_ping_request(self, sender: Sender, source: str, message: PingRequest, now: float) -> None:
-        self._swim.ping_request(source, message, now)
+        self._swim.ping_request(sender, source, message, now)
 
     def _on_rumour(self, sender: Sender, source: str, message: Rumour, now: float) -> None:
         if self._proofs.knows(message.claim.site):

@@ -19,10 +19,16 @@ class Sender(NamedTuple):
 
 
 class Ping(NamedTuple):
-    """Answer with `Ack(seq)` if you are `target` (empty: whoever you are)."""
+    """Answer with `Ack(seq)` if you are `target` (empty: whoever you are).
+
+    A helper names for whom it pings: answer `asker` itself too, with `Ack(asker_seq)`, because the way back over the
+    helper may be cut where the way to the asker is not.
+    """
 
     seq: int
     target: str
+    asker: str = ""
+    asker_seq: int = 0
 
 
 class Ack(NamedTuple):

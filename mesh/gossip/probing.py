@@ -2,7 +2,8 @@
 
 Every tick one member is pinged. Silence beyond the direct timeout of that pair brings in three helpers, a second direct
 ping, and a ping over a stream where there are streams. A direct path that does not answer while another does is only a
-broken path (`Reach`), which is tried again with back-off; the peer lives.
+broken path (`Reach`), which is tried again with back-off; the peer lives. Where paths work one way, an answer may come
+back another: whoever is pinged by a helper answers the asker as well, and who spoke since the probe began is not silent.
 
 Helpers that are well say so even when the target is silent to them too; then they are witnesses. Where none of them
 says anything, six others are asked, and if they are as silent the probe has failed without a witness: then the fault is
@@ -133,10 +134,11 @@ class Prober:
         probe: Probe | None = None,
         relay: tuple[str, int] | None = None,
         claimant: str | None = None,
+        asker: tuple[str, int] = ("", 0),
     ) -> int:
         """Ping `site` (empty: whoever is there) at `address`. Returns the sequence number."""
         seq = self._expect(Waiting(site, address, now, why, probe, relay, claimant))
-        self._own.send(address, Ping(seq, site))
+        self._own.send(address, Ping(seq, site, *asker))
         peer = self._own.roster.get(site)
         if peer is not None and peer.address == address:
             peer.reach.sent += 1
@@ -155,7 +157,7 @@ class Prober:
     def ack(self, sender: Sender, seq: int, now: float) -> float | None:
         """An answer to one of our pings, or a helper's good news. The round trip in seconds, where it tells one."""
         waiting = self._waiting.get(seq)
-        if waiting is None or waiting.site not in ("", sender.site):
+        if waiting is None or (waiting.site not in ("", sender.site) and not _for_helper(waiting, sender)):
             return None
         rtt_s = None
         del self._waiting[seq]
@@ -185,12 +187,14 @@ class Prober:
             self._own.helped(True)
             probe.nacked.add(sender.site)
 
-    def relay(self, source: str, request: PingRequest, now: float) -> None:
+    def relay(self, asker: str, source: str, request: PingRequest, now: float) -> None:
         """Probe a target for somebody else, and say early enough if it does not answer us either."""
         if self._relays >= MAX_RELAYS:
             return
         self._relays += 1
-        seq = self.ping(request.address, request.target, now, "relay", relay=(source, request.seq))
+        # memberlist's helpers do not say for whom they ask.
+        named = ("", 0) if self._own.t.fixed else (asker, request.seq)
+        seq = self.ping(request.address, request.target, now, "relay", relay=(source, request.seq), asker=named)
         known = self._own.roster.get(request.target)
         if known is not None and known.state == SUSPECT:
             self._own.send(request.address, Rumour(known.claim(self._own.site)))
@@ -267,8 +271,8 @@ class Prober:
         peer = self._own.roster.get(probe.site)
         if peer is None or not peer.live:
             return
-        if waiting.why == "helper" and sender.site != peer.site:
-            peer.guides = (sender.site, *(site for site in peer.guides if site != sender.site))[:MAX_GUIDES]
+        if waiting.why == "helper":
+            peer.guides = (waiting.site, *(site for site in peer.guides if site != waiting.site))[:MAX_GUIDES]
         if peer.probe is probe:
             self.drop(peer)
             self._own.well()
@@ -286,6 +290,9 @@ class Prober:
         self.drop(peer)
         if not self._own.t.fixed:
             peer.reach.missed(now)
+            if peer.alive_s >= probe.started_s:  # it has spoken to us meanwhile, though it answers nothing
+                self._recheck(peer, now, 1.0)
+                return
         # A helper that is well says so. One that says nothing, and is not suspected, speaks against our own path.
         mute = [site for site in probe.helpers if site not in probe.nacked and self._own.roster.is_alive(site)]
         for _ in mute:
@@ -315,3 +322,8 @@ class Prober:
             self._recheck(peer, then, min(own.t.retry_max_s, 2 * delay_s))
 
         peer.recheck = own.timers.at(now + own.jitter(delay_s), again)
+
+
+def _for_helper(waiting: Waiting, sender: Sender) -> bool:
+    """Whether the target of an indirect probe answers us itself what it answers our helper."""
+    return waiting.why == "helper" and waiting.probe is not None and waiting.probe.site == sender.site

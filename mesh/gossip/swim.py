@@ -219,6 +219,9 @@ class Swim:
         """Answer, if we are meant."""
         if message.target in ("", self.site):
             self._own.send(source, Ack(message.seq))
+            asker = self._own.roster.get(message.asker)
+            if asker is not None and asker.live:
+                self._own.send(asker.address, Ack(message.asker_seq))
 
     def ack(self, sender: Sender, message: Ack, now: float) -> float | None:
         """An answer to one of our pings, or a helper's good news. The round trip in seconds, where it tells one."""
@@ -228,12 +231,12 @@ class Swim:
         """A helper is well but could not reach the target: the fault is not with us."""
         self._prober.nack(sender, message.seq)
 
-    def ping_request(self, source: str, message: PingRequest, now: float) -> None:
+    def ping_request(self, sender: Sender, source: str, message: PingRequest, now: float) -> None:
         """Probe a target for somebody else."""
         if message.target == self.site:
             self._own.send(source, Ack(message.seq))
         else:
-            self._prober.relay(source, message, now)
+            self._prober.relay(sender.site, source, message, now)
 
     def namesake(self, sender: Sender, source: str) -> None:
         """Another process with our name pings us, from another address: the name is taken."""

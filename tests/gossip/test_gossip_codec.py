@@ -47,7 +47,8 @@ places = st.lists(st.integers(0, 15), min_size=1, max_size=9, unique=True).map(b
 coordinates = st.lists(st.floats(0, 1.5, width=32), min_size=10, max_size=10)
 wheres = coordinates.map(lambda values: Coordinate(tuple(values[:8]), values[8], values[9]).pack())
 messages = st.one_of(
-    st.builds(Ping, sequences, st.one_of(st.just(""), names)),
+    st.builds(Ping, sequences, st.one_of(st.just(""), names), st.just(""), st.just(0)),
+    st.builds(Ping, sequences, names, names, sequences),
     st.builds(Ack, sequences, st.just(b"") | wheres),
     st.builds(Nack, sequences),
     st.builds(PingRequest, sequences, names, addresses, st.integers(1, 30_000)),

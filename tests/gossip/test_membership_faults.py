@@ -73,6 +73,17 @@ def test_a_partial_partition_with_one_bridge_kills_nobody():
     assert not deaths(net)
 
 
+@pytest.mark.parametrize("latency", [0.005, 0.1])
+def test_three_sites_with_a_ring_of_one_way_paths_live_and_a_crash_is_still_noticed(latency):
+    net = mesh(3, latency=latency)
+    for source, target in (("s00", "s01"), ("s01", "s02"), ("s02", "s00")):
+        net.cut_one_way(source, target)
+    net.run_for(120.0)
+    assert not deaths(net)
+    net.crash("s02")  # what is left is a path that works one way
+    net.run_until(lambda: net.nodes["s00"].states()["s02"] == net.nodes["s01"].states()["s02"] == "dead", 30.0)
+
+
 def test_the_helper_that_reached_a_target_is_asked_again():
     net = mesh(12)
     for site in [f"s{number:02}" for number in range(2, 12)]:

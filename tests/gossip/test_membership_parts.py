@@ -39,8 +39,12 @@ class Bench:
         for other in others:
             self.hear(other)
 
+    @staticmethod
+    def sender(site: str, incarnation: int = 1) -> Sender:
+        return Sender(site, f"{site}:1", incarnation, False, bytes(8))
+
     def hear(self, site: str, incarnation: int = 1) -> None:
-        self.swim.hear(Sender(site, f"{site}:1", incarnation, False, bytes(8)), f"{site}:1", self.now)
+        self.swim.hear(self.sender(site, incarnation), f"{site}:1", self.now)
 
     def run(self, seconds: float) -> None:
         until = self.now + seconds
@@ -55,16 +59,59 @@ class Bench:
 
 def test_a_helper_says_at_four_fifths_of_the_budget_that_it_heard_nothing():
     bench = Bench("a")
-    bench.swim.ping_request("a:1", PingRequest(7, "x", "x:1", 1000), bench.now)
+    bench.swim.ping_request(bench.sender("a"), "a:1", PingRequest(7, "x", "x:1", 1000), bench.now)
     bench.run(0.79)
     assert not bench.to("a", Nack)
     bench.run(0.02)
     assert bench.to("a", Nack) == [Nack(7)]
 
 
+def test_who_is_pinged_by_a_helper_answers_the_asker_too():
+    bench = Bench("helper", "asker")
+    bench.swim.ping(bench.sender("helper"), "helper:1", Ping(7, "me", "asker", 9))
+    bench.swim.ping(bench.sender("helper"), "helper:1", Ping(8, "me", "stranger", 9))
+    assert bench.to("helper", Ack) == [Ack(7), Ack(8)]
+    assert bench.to("asker", Ack) == [Ack(9)]
+    assert not bench.to("stranger", Ack)
+
+
+def test_a_helper_says_for_whom_it_asks():
+    bench = Bench("a", "x")
+    bench.swim.ping_request(bench.sender("a"), "a:1", PingRequest(7, "x", "x:1", 1000), bench.now)
+    ping = bench.to("x", Ping)[-1]
+    assert isinstance(ping, Ping)
+    assert (ping.asker, ping.asker_seq) == ("a", 7)
+
+
+def test_the_target_of_an_indirect_probe_may_answer_itself_and_nobody_else_for_it():
+    bench = Bench("x", "helper", "other")
+    bench.now += 10.0  # what they said when they came is no answer any more
+    bench.swim._prober.probe(bench.swim.peers["x"], bench.now)
+    bench.run(0.6)
+    request = bench.to("helper", PingRequest)[-1]
+    assert isinstance(request, PingRequest)
+    bench.swim.ack(bench.sender("other"), Ack(request.seq), bench.now)
+    assert bench.swim.peers["x"].probe is not None
+    bench.swim.ack(bench.sender("x"), Ack(request.seq), bench.now)
+    assert bench.swim.peers["x"].probe is None
+    assert bench.swim.peers["x"].guides == ("helper",)
+
+
+def test_who_spoke_since_the_probe_began_is_not_suspected_though_it_answers_nothing():
+    for speaks, expected in ((True, "alive"), (False, "suspect")):
+        bench = Bench("x")
+        bench.now += 10.0
+        bench.swim._prober.probe(bench.swim.peers["x"], bench.now)
+        bench.run(0.1)
+        if speaks:
+            bench.hear("x")
+        bench.run(1.2)
+        assert bench.swim.peers["x"].state == expected
+
+
 def test_a_helper_passes_on_what_it_hears():
     bench = Bench("a", "x")
-    bench.swim.ping_request("a:1", PingRequest(7, "x", "x:1", 1000), bench.now)
+    bench.swim.ping_request(bench.sender("a"), "a:1", PingRequest(7, "x", "x:1", 1000), bench.now)
     ping = bench.to("x", Ping)[-1]
     assert isinstance(ping, Ping)
     bench.swim.ack(Sender("x", "x:1", 1, False, bytes(8)), Ack(ping.seq), bench.now)
@@ -135,7 +182,7 @@ def test_a_suspicion_is_said_as_soon_as_there_is_a_witness():
 def test_a_helper_cannot_be_made_to_flood_a_target():
     bench = Bench("a")
     for number in range(1000):
-        bench.swim.ping_request("a:1", PingRequest(number, "x", "x:1", 1000), bench.now)
+        bench.swim.ping_request(bench.sender("a"), "a:1", PingRequest(number, "x", "x:1", 1000), bench.now)
     assert len(bench.to("x", Ping)) <= 64
 
 
