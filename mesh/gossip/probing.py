@@ -3,7 +3,7 @@
 Every tick one member is pinged. Silence beyond the direct timeout of that pair brings in three helpers, a second direct
 ping, and a ping over a stream where there are streams. A direct path that does not answer while another does is only a
 broken path (`Reach`), which is tried again with back-off; the peer lives. Where paths work one way, an answer may come
-back another: whoever is pinged by a helper answers the asker as well, and who spoke since the probe began is not silent.
+back another: whoever is pinged by a helper answers the asker as well, and who spoke meanwhile is not silent.
 
 Helpers that are well say so even when the target is silent to them too; then they are witnesses. Where none of them
 says anything, six others are asked, and if they are as silent the probe has failed without a witness: then the fault is
