@@ -1,9 +1,14 @@
 """Buffers that are used again: a fresh megabyte costs more to be mapped than to be sealed.
 
-A buffer is lent to a message, and comes back when the ticket of that message is done.
+A buffer is lent to a message, and comes back when the ticket of that message is done, or, at the receiver, when nobody
+holds the message any more.
 """
 
 from __future__ import annotations
+
+import weakref
+
+import numpy as np
 
 from transport.base import Ticket
 from transport.tickets import fresh
@@ -11,6 +16,8 @@ from transport.tickets import fresh
 #: What is kept for the next message, once nothing is under way: pieces of bulk, or one long prompt's hidden states.
 _KEPT_BYTES = 65 << 20
 _MIB = 1 << 20
+#: Shorter messages come out of memory that the allocator has mapped anyway.
+_LANDING_BYTES = 256 << 10
 
 
 class Buffers:
@@ -54,3 +61,44 @@ class Buffers:
                 kept += buffer.nbytes
                 self._free.append(buffer)
         self._lent = under_way
+
+
+class Landings:
+    """Buffers that long messages are received into: one is used again once nobody holds a view of it.
+
+    Whoever takes a message keeps it as long as it likes; that is seen by a weak reference to the array whose memory the
+    views show.
+    """
+
+    def __init__(self) -> None:
+        self._free: list[np.ndarray] = []
+        self._out: list[tuple[weakref.ref[np.ndarray], np.ndarray]] = []
+
+    def take(self, size: int) -> memoryview:
+        """`size` bytes of no particular content."""
+        if size < _LANDING_BYTES:
+            return fresh(size)
+        self._collect()
+        fitting = [memory for memory in self._free if size <= memory.nbytes <= 2 * size]
+        if fitting:
+            memory = min(fitting, key=len)
+            self._free = [other for other in self._free if other is not memory]
+        else:
+            memory = np.empty(size, np.uint8)
+        shown = memory[:size]
+        self._out.append((weakref.ref(shown), memory))
+        return shown.data
+
+    def _collect(self) -> None:
+        """Take back what nobody looks at, as much as may be kept; the memory of the rest goes with its last view."""
+        kept = sum(memory.nbytes for memory in self._free)
+        still = []
+        for shown, memory in self._out:
+            if shown() is not None:
+                if kept + memory.nbytes <= 2 * _KEPT_BYTES:
+                    still.append((shown, memory))
+                    kept += memory.nbytes
+            elif kept + memory.nbytes <= _KEPT_BYTES:
+                kept += memory.nbytes
+                self._free.append(memory)
+        self._out = still

@@ -45,12 +45,14 @@ from transport.frames import (
 )
 from transport.handshake import RANDOM_BYTES, read_welcome, write_hello
 from transport.tickets import Held, again, flat
+from transport.waiting import SPIN_S
 
 Clock = Callable[[], int]
 Entropy = Callable[[int], bytes]
 #: What seals here and what opens here: 32 bytes each, or None in an unsealed channel.
 Keys = tuple[bytes | None, bytes | None]
 
+_SPIN_NS = round(SPIN_S * 1e9)
 #: Heartbeats in one interval of tolerated silence: one may be late, one may be lost in a busy neighbour.
 _BEATS = 3
 
@@ -248,6 +250,12 @@ class Channel:
         if timeout_s is None:
             timeout_s = self.allowance_s(size_bytes)
         deadline_ns = time.monotonic_ns() + round(timeout_s * 1e9)
+        # What arrives while this polls is given at once; after `Fabric.wait` it takes another turn of the fabric.
+        spin_end_ns = min(deadline_ns, time.monotonic_ns() + _SPIN_NS)
+        while time.monotonic_ns() < spin_end_ns:
+            message = self.poll(kind)
+            if message is not None:
+                return message
         while True:
             left_s = (deadline_ns - time.monotonic_ns()) / 1e9
             if left_s <= 0:

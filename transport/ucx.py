@@ -41,6 +41,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from transport.base import AddressError
+from transport.buffers import Landings
 from transport.ucx_binding import CONFIG, OPERATORS, network_devices, ucx
 from transport.ucx_direct import Transfer, UcxFailure
 from transport.ucx_life import WORD_BYTES, word
@@ -143,6 +144,7 @@ class UcxFabric:
         self._listeners: dict[UcxListener, None] = {}
         self._tags: set[int] = set()
         self._again: dict[UcxPipe, None] = {}
+        self._landings = Landings()
         self._graveyard: list[Transfer] = []
         self._dirty = False
         self._expiry = 0.0
@@ -186,16 +188,19 @@ class UcxFabric:
         if self._bulky:
             for pipe in tuple(self._bulky):
                 pipe.pump()
-        once = worker.progress_once
+        once, moved = worker.progress_once, False
         if self._dirty:
             self._dirty = False
-            once()
-            return self._look()
+            moved = once()
+            return self._look() or moved
         for _ in range(_PROGRESS_STEPS):
             if not once():
                 break
+            moved = True
             if self._look():
                 return True
+        if moved:
+            return True  # a part of something: who waits does well to look again before it sleeps
         if self._again:
             return self._look()
         now = time.monotonic()
@@ -210,7 +215,7 @@ class UcxFabric:
         for pipe in tuple(self._pipes):
             if pipe._advance():
                 moved = True
-        if not moved:
+        if not moved and self._listeners:
             for listener in tuple(self._listeners):
                 if listener._advance():
                     moved = True

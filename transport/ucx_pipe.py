@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 CONNECT_S = 10.0
 ANSWER_S = 0.2
 
+_unpack_control = CONTROL.unpack_from
+_CONTROL_BYTES = CONTROL.size
+
 
 class UcxPipe:
     """Messages to and from one neighbour. Control messages are read ahead by one; messages are given in order."""
@@ -67,7 +70,7 @@ class UcxPipe:
         worker = fabric._worker.handle
         self._out = Outbox(self._endpoint(), send_tag, self._lanes)
         self._slot = Slot(worker, receive_tag)
-        self._arrivals = Arrivals(worker, receive_tag, 2 * WINDOW_BYTES)
+        self._arrivals = Arrivals(worker, receive_tag, 2 * WINDOW_BYTES, fabric._landings)
         fabric._pipes[self] = None
         fabric._again[self] = None
         fabric._tags.add(receive_tag)
@@ -238,7 +241,7 @@ class UcxPipe:
             if (self._trusted or not self._given) and self._slot.arrived():
                 self._fabric._again[self] = None
                 moved = self._read(self._slot.view) or moved
-            if self._fin_arrived or len(self._arrivals):
+            if self._arrivals.waiting or self._fin_arrived:
                 moved = self._assemble() or moved
         except (TransportError, struct.error) as error:
             if not self._failed:
@@ -253,14 +256,14 @@ class UcxPipe:
 
     def _read(self, slot: memoryview) -> bool:
         """Act on a control message. True if it was a message."""
-        kind, _, _, _, value = CONTROL.unpack_from(slot)
+        kind, _, _, _, value = _unpack_control(slot)
         self._answered_by = None
         if kind == DATA:
             if value > (SMALL_BYTES if self._trusted else FIRST_MESSAGE_BYTES):
                 raise ChannelBroken(f"a short message of {value} bytes")
-            message = memoryview(bytearray(slot[CONTROL.size : CONTROL.size + value]))
+            message = memoryview(bytearray(slot[_CONTROL_BYTES : _CONTROL_BYTES + value]))
             self._given += 1
-            if len(self._arrivals):
+            if self._arrivals.waiting:
                 self._arrivals.behind(message)
             elif self._ended is None:
                 self._inbox.append(message)
@@ -290,7 +293,7 @@ class UcxPipe:
             if self._ended is None:
                 self._inbox.append(message)
                 moved = True
-        if self._fin_arrived and not len(self._arrivals):
+        if self._fin_arrived and not self._arrivals.waiting:
             if not self._fin_answered:
                 self._fin_answered = True
                 self._out.control(FIN_ACK)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 from transport.base import MAX_MESSAGE_BYTES, ChannelBroken
+from transport.buffers import Landings
 from transport.tickets import fresh
 from transport.ucx_direct import (
     ERRORS,
@@ -76,25 +77,23 @@ class Slot:
 class Arrivals:
     """Messages that wait for their parts, and those behind them, in order."""
 
-    def __init__(self, worker: int, tag: int, limit_bytes: int) -> None:
+    def __init__(self, worker: int, tag: int, limit_bytes: int, landings: Landings) -> None:
+        self._landings = landings
         self._worker = worker
         self._tag = tag
         self._limit_bytes = limit_bytes
-        self._waiting: deque[tuple[memoryview, list[Transfer]]] = deque()
+        self.waiting: deque[tuple[memoryview, list[Transfer]]] = deque()
         #: Bytes of the messages that wait.
         self.waiting_bytes = 0
-
-    def __len__(self) -> int:
-        return len(self._waiting)
 
     @property
     def oldest_bytes(self) -> int:
         """Bytes of the first of them."""
-        return self._waiting[0][0].nbytes if self._waiting else 0
+        return self.waiting[0][0].nbytes if self.waiting else 0
 
     def behind(self, message: memoryview) -> None:
         """A whole message that has to wait for those before it."""
-        self._waiting.append((message, []))
+        self.waiting.append((message, []))
         self.waiting_bytes += message.nbytes
 
     def begin(self, slot: memoryview) -> None:
@@ -102,7 +101,7 @@ class Arrivals:
         length, lane, pieces = read_layout(slot)
         if self.waiting_bytes + length > MAX_MESSAGE_BYTES + self._limit_bytes:
             raise ChannelBroken("more in flight than the window allows")
-        buffer = fresh(length)
+        buffer = self._landings.take(length)
         address = address_of(buffer) if length else 0
         transfers = []
         for start, end, data in pieces:
@@ -111,26 +110,26 @@ class Arrivals:
             else:
                 request = tag_recv(self._worker, address + start, end - start, self._tag | lane, TAG_FULL, HOST)
                 transfers.append(Transfer(request, buffer, end - start))
-        self._waiting.append((buffer, transfers))
+        self.waiting.append((buffer, transfers))
         self.waiting_bytes += length
 
     def next(self) -> memoryview | None:
         """The next message that is whole, or None. Raises ChannelBroken where a part cannot arrive any more."""
-        if not self._waiting:
+        if not self.waiting:
             return None
-        buffer, transfers = self._waiting[0]
+        buffer, transfers = self.waiting[0]
         while transfers and transfers[-1].completed:
             status = transfers.pop().status
             if status < 0:
                 raise ChannelBroken(f"a part of a message did not arrive: {status_text(status)}")
         if transfers:
             return None
-        self._waiting.popleft()
+        self.waiting.popleft()
         self.waiting_bytes -= buffer.nbytes
         return buffer
 
     def release(self) -> list[Transfer]:
         """As `Slot.release`."""
-        left = [each for _, transfers in self._waiting for each in transfers if not each.cancel(self._worker)]
-        self._waiting.clear()
+        left = [each for _, transfers in self.waiting for each in transfers if not each.cancel(self._worker)]
+        self.waiting.clear()
         return left

@@ -19,6 +19,9 @@ from transport.ucx_wire import CONTROL, DATA, SMALL_BYTES, lay_out
 WINDOW_BYTES = 64 << 20
 
 
+_pack_control = CONTROL.pack
+
+
 class Lane(NamedTuple):
     """An endpoint's handle and what is added to the tag of what goes over it."""
 
@@ -73,7 +76,7 @@ class Outbox:
             return self._hold(parts, length)
         self.sent_bytes += length
         if length <= SMALL_BYTES:
-            data = b"".join((CONTROL.pack(DATA, 0, 0, 0, length), *parts))
+            data = b"".join((_pack_control(DATA, 0, 0, 0, length), *parts))
             request = tag_send(self.endpoint, data, len(data), self._tag, HOST)
             if request is not None:
                 self._keep(Transfer(request, data, len(data)), request)

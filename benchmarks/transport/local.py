@@ -14,14 +14,18 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+from benchmarks.transport.bare import BarePair, open_bare
 from benchmarks.transport.ranks import Ranks, open_ranks
 from benchmarks.transport.rows import Contender, LeftOut, Options, Row, Sample, interleaved
 from transport import available
 
 SIZES = (8, 2304, 16 << 10, 256 << 10, 1 << 20, 16 << 20, 64 << 20)
 QUICK = (8, 1 << 20)
-SOCKET, TOOL, TOOL_TCP = "tcp socket", "ucx_perftest", "ucx_perftest over tcp"
-WHAT = (SOCKET, TOOL, TOOL_TCP, "tcp", "tcp sealed", "ucx", "ucx sealed")
+SOCKET = "tcp socket"
+#: UCX's own tool: with the settings of our backend, as it comes, and over TCP.
+TOOL, TOOL_PLAIN, TOOL_TCP = "ucx_perftest", "ucx_perftest, its own settings", "ucx_perftest over tcp"
+BARE = "ucx_bare"
+WHAT = (SOCKET, TOOL, TOOL_PLAIN, TOOL_TCP, BARE, "tcp", "tcp sealed", "ucx", "ucx sealed")
 
 #: Bytes that one measurement moves each way, and messages of it at most.
 _BYTES, _MOST = 60_000_000, 500
@@ -31,9 +35,13 @@ _TOOL_S = 30.0
 
 
 def rows(options: Options) -> Iterator[Row]:
-    """Rows by size. UCX is held against ucx_perftest where that is installed, all else against blocking sockets."""
+    """Rows by size. UCX is held against ucx_perftest where that is installed, all else against blocking sockets.
+
+    "ucx_bare" is UCX as Python reaches it: a loop over UCXX's binding and nothing else.
+    """
     tool = _tool()
     with ExitStack() as stack:
+        bare = stack.enter_context(open_bare()) if "ucx" in available() and options.wants(BARE) else None
         pairs = {
             f"{backend}{' sealed' if seal else ''}": stack.enter_context(open_ranks(backend, 2, seal=seal))
             for backend in reversed(available())
@@ -44,13 +52,18 @@ def rows(options: Options) -> Iterator[Row]:
             contenders = [Contender(SOCKET, partial(_sockets, size))]
             if tool is not None:
                 contenders += [
-                    Contender(TOOL, partial(_perftest, tool, size, {})),
-                    Contender(TOOL_TCP, partial(_perftest, tool, size, {"UCX_TLS": "tcp"})),
+                    Contender(TOOL, partial(_perftest, tool, size, _settings(), "-e")),
+                    Contender(TOOL_PLAIN, partial(_perftest, tool, size, {}), TOOL),
+                    Contender(TOOL_TCP, partial(_perftest, tool, size, {"UCX_TLS": "tcp"}), TOOL),
                 ]
+            if bare is not None:
+                contenders.append(Contender(BARE, partial(_bare, bare, size), TOOL if tool is not None else SOCKET))
             for what, pair in pairs.items():
                 raw = TOOL if tool is not None and what.startswith("ucx") else SOCKET
                 contenders.append(Contender(what, partial(_pair, pair, size), raw))
-            for row in interleaved(contenders, size, "loopback", options.rounds):
+            needed = {contender.raw for contender in contenders if options.wants(contender.what)}
+            contenders = [each for each in contenders if options.wants(each.what) or each.what in needed]
+            for row in interleaved(contenders, size, "loopback", options.rounds, by_time=size < _BULK_BYTES):
                 if options.wants(row.what):
                     yield row
 
@@ -60,8 +73,12 @@ def _count(size: int) -> int:
 
 
 def _sample(size: int, way_s: float, each_s: float) -> Sample:
-    """Of a small message the time is what counts: its rate is left out, so that ratios are of times."""
-    return Sample(size / each_s / 1e9 if size >= _BULK_BYTES else None, way_s * 1e6)
+    return Sample(size / each_s / 1e9, way_s * 1e6)
+
+
+def _bare(pair: BarePair, size: int) -> Sample:
+    count = _count(size)
+    return _sample(size, pair.run("echo", size, count), pair.run("stream", size, count))
 
 
 def _pair(pair: Ranks, size: int) -> Sample:
@@ -138,18 +155,27 @@ def _tool() -> tuple[str, dict[str, str]] | None:
     return None if installed is None else (installed, {})
 
 
-def _perftest(tool: tuple[str, dict[str, str]], size: int, settings: dict[str, str]) -> Sample:
-    way = _once(tool, "tag_lat", size, settings)[0]
-    return _sample(size, way, size / max(1.0, _once(tool, "tag_bw", size, settings)[1]))
+def _settings() -> dict[str, str]:
+    """The UCX settings of our backend, as variables."""
+    from transport.ucx_binding import CONFIG
+
+    return {f"UCX_{name}": value for name, value in CONFIG.items()}
 
 
-def _once(tool: tuple[str, dict[str, str]], test: str, size: int, settings: dict[str, str]) -> tuple[float, float]:
+def _perftest(tool: tuple[str, dict[str, str]], size: int, settings: dict[str, str], *flags: str) -> Sample:
+    way = _once(tool, "tag_lat", size, settings, *flags)[0]
+    return _sample(size, way, size / max(1.0, _once(tool, "tag_bw", size, settings, *flags)[1]))
+
+
+def _once(
+    tool: tuple[str, dict[str, str]], test: str, size: int, settings: dict[str, str], *flags: str
+) -> tuple[float, float]:
     """Seconds a message and bytes a second of one run of the tool. Raises LeftOut where it does not work."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     count = max(10, _count(size))
-    command = [tool[0], "-p", port]
+    command = [tool[0], "-p", port, *flags]
     environment = {**os.environ, **tool[1], **settings, "UCX_WARN_UNUSED_ENV_VARS": "n"}
     silent = subprocess.DEVNULL
     with subprocess.Popen(command, stdout=silent, stderr=silent, env=environment) as server:

@@ -37,8 +37,9 @@ class Sample(NamedTuple):
 class Row:
     """One figure. `size`: bytes of a message. `link`: "loopback", or the emulated link's words.
 
-    `ratio_to_raw`: of bandwidths where there are some, else of times per message: this row's divided by that of the
-    contender it is held against, as medians of the same rounds; None for that contender itself.
+    `ratio_to_raw`: of bandwidths where there are some and the message is not a small one, else of times per message:
+    this row's divided by that of the contender it is held against, as medians of the same rounds; None for that
+    contender itself.
     """
 
     what: str
@@ -62,8 +63,13 @@ class Contender:
     raw: str | None = None
 
 
-def interleaved(contenders: Sequence[Contender], size: int, link: str, rounds: int) -> Iterator[Row]:
-    """Measure all contenders once a round, so that a slow moment of the machine hits all of them; give the medians."""
+def interleaved(
+    contenders: Sequence[Contender], size: int, link: str, rounds: int, *, by_time: bool = False
+) -> Iterator[Row]:
+    """Measure all contenders once a round, so that a slow moment of the machine hits all of them; give the medians.
+
+    by_time: ratios are of times, also where bandwidths are known.
+    """
     samples: dict[str, list[Sample]] = {contender.what: [] for contender in contenders}
     for _ in range(rounds):
         for contender in contenders:
@@ -71,7 +77,7 @@ def interleaved(contenders: Sequence[Contender], size: int, link: str, rounds: i
     medians = {what: _median(taken) for what, taken in samples.items()}
     for contender in contenders:
         own, raw = medians[contender.what], medians.get(contender.raw or "")
-        yield Row(contender.what, size, link, own.gb_per_s, own.us_per_message, _ratio(own, raw))
+        yield Row(contender.what, size, link, own.gb_per_s, own.us_per_message, _ratio(own, raw, by_time))
 
 
 def _median(samples: Sequence[Sample]) -> Sample:
@@ -80,10 +86,10 @@ def _median(samples: Sequence[Sample]) -> Sample:
     return Sample(statistics.median(rates) if rates else None, statistics.median(times) if times else None)
 
 
-def _ratio(own: Sample, raw: Sample | None) -> float | None:
+def _ratio(own: Sample, raw: Sample | None, by_time: bool) -> float | None:
     if raw is None:
         return None
-    if own.gb_per_s is not None and raw.gb_per_s:
+    if not by_time and own.gb_per_s is not None and raw.gb_per_s:
         return own.gb_per_s / raw.gb_per_s
     if own.us_per_message is not None and raw.us_per_message:
         return own.us_per_message / raw.us_per_message

@@ -35,6 +35,12 @@ def test_times_are_compared_where_there_are_no_bandwidths():
     assert [row.ratio_to_raw for row in interleaved(contenders, 8, "loopback", 1)] == [None, 1.5]
 
 
+def test_the_times_of_small_messages_are_compared_though_their_rate_is_told():
+    contenders = [Contender("raw", lambda: Sample(1.0, 10.0)), Contender("ours", lambda: Sample(0.1, 15.0), "raw")]
+    rows = list(interleaved(contenders, 8, "loopback", 1, by_time=True))
+    assert [(row.gb_per_s, row.ratio_to_raw) for row in rows] == [(1.0, None), (0.1, 1.5)]
+
+
 class _Part:
     def __init__(self, what, rows):
         self.WHAT, self._rows = (what,), rows
