@@ -1,11 +1,12 @@
-/* An emulated wide-area link between two network namespaces: rate, delay, loss, and a queue that drops at its tail.
+/* Emulated wide-area links between network namespaces: rate, delay, loss, and a queue that drops at its tail.
 
-   wide_area RATE_BITS_PER_S DELAY_NS LOSS_PPM QUEUE_BYTES SEED
+   wide_area (RATE_BITS_PER_S DELAY_NS LOSS_PPM QUEUE_BYTES SEED)...
 
-   Makes two namespaces with a TUN device each, 10.99.0.1 and 10.99.0.2, prints "PID FD FD" (the namespaces, as
-   descriptors of this process), then carries packets both ways until standard input ends. Each direction is a router's
-   port: a packet leaves when those before it have left at the link's rate, and arrives DELAY_NS later; one that finds
-   more than QUEUE_BYTES waiting is dropped, and of the rest LOSS_PPM in a million. */
+   Makes a near namespace and for each link a far one, with a TUN device at either end of link I, 10.99.I.1 and
+   10.99.I.2, prints "PID FD FD..." (the namespaces, near first, as descriptors of this process), then carries packets
+   both ways until standard input ends. Each direction is a router's port: a packet leaves when those before it have left
+   at the link's rate, and arrives DELAY_NS later; one that finds more than QUEUE_BYTES waiting is dropped, and of the
+   rest LOSS_PPM in a million. */
 
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -28,6 +29,8 @@
 #define SLOTS (1u << 18)
 #define BURST 64
 #define MTU 1500
+#define FIGURES 5
+#define MOST_LINKS 4
 
 struct packet {
     int64_t due_ns;
@@ -35,17 +38,23 @@ struct packet {
     char data[];
 };
 
+struct link {
+    double ns_per_byte;
+    int64_t delay_ns, queue_bytes;
+    uint32_t loss_ppm;
+    uint64_t random_state;
+};
+
 struct direction {
     int from, to;
+    struct link *link;
     int64_t free_ns; /* when the port has sent all that waits */
     unsigned head, tail;
     struct packet *held[SLOTS];
 };
 
-static double ns_per_byte;
-static int64_t delay_ns, queue_bytes;
-static uint32_t loss_ppm;
-static uint64_t random_state;
+static struct link links[MOST_LINKS];
+static struct direction ways[2 * MOST_LINKS];
 
 static void die(const char *what) {
     fprintf(stderr, "%s: %s\n", what, strerror(errno));
@@ -58,20 +67,22 @@ static int64_t now_ns(void) {
     return t.tv_sec * 1000000000LL + t.tv_nsec;
 }
 
-static uint32_t draw(void) { /* xorshift64* */
-    random_state ^= random_state >> 12;
-    random_state ^= random_state << 25;
-    random_state ^= random_state >> 27;
-    return (uint32_t)((random_state * 2685821657736338717ULL) >> 32);
+static uint32_t draw(struct link *l) { /* xorshift64* */
+    l->random_state ^= l->random_state >> 12;
+    l->random_state ^= l->random_state << 25;
+    l->random_state ^= l->random_state >> 27;
+    return (uint32_t)((l->random_state * 2685821657736338717ULL) >> 32);
 }
 
-static int tun(const char *address) {
+static int tun(int number, int end) {
+    char address[32];
     struct ifreq request;
     struct sockaddr_in *in = (struct sockaddr_in *)&request.ifr_addr;
     int fd = open("/dev/net/tun", O_RDWR | O_NONBLOCK | O_CLOEXEC);
     if (fd < 0) die("/dev/net/tun");
     memset(&request, 0, sizeof request);
-    strcpy(request.ifr_name, "wan0");
+    snprintf(address, sizeof address, "10.99.%d.%d", number, end);
+    snprintf(request.ifr_name, sizeof request.ifr_name, "wan%d", number);
     request.ifr_flags = IFF_TUN | IFF_NO_PI | 0x10;
     if (ioctl(fd, TUNSETIFF, &request)) die("TUNSETIFF");
     int control = socket(AF_INET, SOCK_DGRAM | SOCK_CLOEXEC, 0);
@@ -102,18 +113,19 @@ static int space(void) {
 
 static int take(struct direction *d) {
     static char data[65536];
+    struct link *l = d->link;
     int taken = 0;
     for (; taken < BURST; taken++) {
         ssize_t size = read(d->from, data, sizeof data);
         if (size <= 0) break;
         int64_t now = now_ns();
         if (d->free_ns < now) d->free_ns = now;
-        if ((d->free_ns - now) / ns_per_byte > queue_bytes || d->head - d->tail == SLOTS) continue;
-        d->free_ns += (int64_t)(size * ns_per_byte);
-        if (draw() % 1000000 < loss_ppm) continue;
+        if ((d->free_ns - now) / l->ns_per_byte > l->queue_bytes || d->head - d->tail == SLOTS) continue;
+        d->free_ns += (int64_t)(size * l->ns_per_byte);
+        if (draw(l) % 1000000 < l->loss_ppm) continue;
         struct packet *p = malloc(sizeof *p + size);
         if (!p) continue;
-        p->due_ns = d->free_ns + delay_ns;
+        p->due_ns = d->free_ns + l->delay_ns;
         p->size = (int)size;
         memcpy(p->data, data, size);
         d->held[d->head++ % SLOTS] = p;
@@ -133,37 +145,45 @@ static void give(struct direction *d) {
 }
 
 int main(int count, char **given) {
-    static struct direction there, back;
-    if (count != 6) return 2;
-    ns_per_byte = 8e9 / strtod(given[1], NULL);
-    delay_ns = atoll(given[2]);
-    loss_ppm = (uint32_t)atoll(given[3]);
-    queue_bytes = atoll(given[4]);
-    random_state = 0x9E3779B97F4A7C15ULL ^ (uint64_t)atoll(given[5]);
+    struct pollfd watched[2 * MOST_LINKS + 1];
+    int number = (count - 1) / FIGURES, ends = 2 * number, spaces[MOST_LINKS + 1];
+    if (number < 1 || number > MOST_LINKS || count != 1 + number * FIGURES) return 2;
     prctl(PR_SET_TIMERSLACK, 1000);
     setpriority(PRIO_PROCESS, 0, -10); /* a link is not slowed by who computes; without the right to it, it may be */
-    int near_space = space(), near = tun("10.99.0.1");
-    int far_space = space(), far = tun("10.99.0.2");
-    there.from = back.to = near;
-    there.to = back.from = far;
-    printf("%d %d %d\n", (int)getpid(), near_space, far_space);
+    spaces[0] = space();
+    for (int i = 0; i < number; i++) ways[2 * i].from = ways[2 * i + 1].to = tun(i, 1);
+    for (int i = 0; i < number; i++) {
+        char **figure = given + 1 + i * FIGURES;
+        struct link *l = &links[i];
+        l->ns_per_byte = 8e9 / strtod(figure[0], NULL);
+        l->delay_ns = atoll(figure[1]);
+        l->loss_ppm = (uint32_t)atoll(figure[2]);
+        l->queue_bytes = atoll(figure[3]);
+        l->random_state = 0x9E3779B97F4A7C15ULL ^ (uint64_t)atoll(figure[4]);
+        spaces[i + 1] = space();
+        ways[2 * i].to = ways[2 * i + 1].from = tun(i, 2);
+        ways[2 * i].link = ways[2 * i + 1].link = l;
+    }
+    printf("%d", (int)getpid());
+    for (int i = 0; i <= number; i++) printf(" %d", spaces[i]);
+    printf("\n");
     fflush(stdout);
+    for (int i = 0; i < ends; i++) watched[i] = (struct pollfd){ways[i].from, POLLIN, 0};
+    watched[ends] = (struct pollfd){0, POLLIN, 0};
     for (;;) {
-        struct pollfd watched[3] = {{near, POLLIN, 0}, {far, POLLIN, 0}, {0, POLLIN, 0}};
         struct timespec wait = {0, 50000000};
         int64_t due = INT64_MAX, now = now_ns();
-        if (there.head != there.tail) due = there.held[there.tail % SLOTS]->due_ns;
-        if (back.head != back.tail && back.held[back.tail % SLOTS]->due_ns < due)
-            due = back.held[back.tail % SLOTS]->due_ns;
+        for (int i = 0; i < ends; i++) {
+            struct direction *d = &ways[i];
+            if (d->head != d->tail && d->held[d->tail % SLOTS]->due_ns < due) due = d->held[d->tail % SLOTS]->due_ns;
+        }
         if (due != INT64_MAX) {
             int64_t left = due > now ? due - now : 0;
             if (left < wait.tv_nsec) wait.tv_nsec = left;
         }
-        if (ppoll(watched, 3, &wait, NULL) < 0 && errno != EINTR) die("ppoll");
-        if (watched[2].revents) return 0; /* whoever started us is done, or dead */
-        take(&there);
-        take(&back);
-        give(&there);
-        give(&back);
+        if (ppoll(watched, ends + 1, &wait, NULL) < 0 && errno != EINTR) die("ppoll");
+        if (watched[ends].revents) return 0; /* whoever started us is done, or dead */
+        for (int i = 0; i < ends; i++) take(&ways[i]);
+        for (int i = 0; i < ends; i++) give(&ways[i]);
     }
 }

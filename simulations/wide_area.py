@@ -1,4 +1,4 @@
-"""Wide-area links on one machine: two network namespaces, and a process that carries packets between them.
+"""Wide-area links on one machine: network namespaces, and a process that carries packets between them.
 
 Unlike `transport.emulate`, which holds back whole messages, this is a link as TCP sees it: packets of 1500 bytes, a
 rate, a delay, losses, and a router's queue. It needs Linux, the right to make namespaces (root, or `unshare -r`), TUN
@@ -27,6 +27,11 @@ _START_S = 10.0
 _LEAST_QUEUE_BYTES = 64 * 1024
 
 NEAR_HOST, FAR_HOST = "10.99.0.1", "10.99.0.2"
+
+
+def far_host(link: int) -> str:
+    """The address at the far end of a link, by its place among the links."""
+    return f"10.99.{link}.2"
 
 
 class WideAreaUnavailable(Exception):
@@ -59,12 +64,16 @@ class Line:
 
 
 class WideArea:
-    """A running link. `near` and `far` are the namespaces: give one to `enter` in a process of its own."""
+    """Running links from one near namespace, each to a far one. Give one to `enter` in a process of its own.
 
-    def __init__(self, line: Line, *, seed: int = 1) -> None:
-        self.line = line
+    `far` is the first of `fars`; at the end of link i is `far_host(i)`.
+    """
+
+    def __init__(self, line: Line, *more: Line, seed: int = 1) -> None:
+        self.lines = (line, *more)
         self._seed = seed
         self.near = self.far = ""
+        self.fars: tuple[str, ...] = ()
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._process: subprocess.Popen[str] | None = None
 
@@ -84,9 +93,7 @@ class WideArea:
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="isthmus-wide-area-")
         program = _compiled(Path(self._folder.name))
-        line = self.line
-        queue = max(_LEAST_QUEUE_BYTES, line.product_bytes) if line.queue_bytes is None else line.queue_bytes
-        figures = (line.rate, line.rtt_s / 2 * 1e9, line.loss * 1e6, queue, self._seed)
+        figures = [figure for number, line in enumerate(self.lines) for figure in _figures(line, self._seed + number)]
         self._process = subprocess.Popen(
             [str(program), *(str(round(figure)) for figure in figures)],
             stdin=subprocess.PIPE,
@@ -97,12 +104,13 @@ class WideArea:
         assert self._process.stdout is not None and self._process.stderr is not None
         ready, _, _ = select.select([self._process.stdout], [], [], _START_S)
         said = self._process.stdout.readline().split() if ready else []
-        if len(said) != 3:
+        if len(said) != len(self.lines) + 2:
             self._process.kill()
             why = self._process.stderr.read().strip() or "no answer"
             raise WideAreaUnavailable(f"the right to make network namespaces and TUN devices is missing ({why})")
-        number, near, far = said
-        self.near, self.far = f"/proc/{number}/fd/{near}", f"/proc/{number}/fd/{far}"
+        number, *spaces = said
+        self.near, *fars = (f"/proc/{number}/fd/{space}" for space in spaces)
+        self.fars, self.far = tuple(fars), fars[0]
 
     def _stop(self) -> None:
         if self._process is not None:
@@ -112,6 +120,11 @@ class WideArea:
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
+
+
+def _figures(line: Line, seed: int) -> tuple[float, ...]:
+    queue = max(_LEAST_QUEUE_BYTES, line.product_bytes) if line.queue_bytes is None else line.queue_bytes
+    return line.rate, line.rtt_s / 2 * 1e9, line.loss * 1e6, queue, seed
 
 
 def enter(space: str) -> None:

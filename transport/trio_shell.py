@@ -28,6 +28,9 @@ class Driver:
 
     def __init__(self, fabric: Fabric) -> None:
         self.fabric = fabric
+        #: How long to let bytes gather before they are moved again, while nothing is in a hurry: packets of a link that
+        #: are read one by one cost a turn each.
+        self.rest_s = 0.0
         self._moved = trio.Event()
 
     async def receive(
@@ -88,6 +91,20 @@ class Driver:
                 await self._turn(FALLBACK_S)
         raise DeadlineExceeded(f"no expected neighbour connected within {timeout_s:g} s")
 
+    async def room(self, channel: Channel, most_bytes: int, timeout_s: float) -> None:
+        """Wait until no more than `most_bytes` of what `channel` sent as bulk have yet to leave.
+
+        Raises DeadlineExceeded, ChannelClosed, ChannelBroken.
+        """
+        await trio.lowlevel.checkpoint()
+        with trio.move_on_after(timeout_s):
+            while True:
+                channel.check()
+                if channel.bulk_pending_bytes <= most_bytes:
+                    return
+                await self._turn(None)
+        raise DeadlineExceeded(f"{channel.name}: bulk still waits after {timeout_s:g} s; the link stalls")
+
     async def _turn(self, due_s: float | None) -> None:
         """Wait until the fabric moved, or something of the caller's own is due."""
         moved = self._moved
@@ -107,7 +124,9 @@ class Driver:
             # Waiters look after every turn, also an idle one: a fabric may have moved something inside of `poll`.
             self._moved.set()
             self._moved = trio.Event()
-            if moved or woken or not fabric.arm():
+            if moved and self.rest_s:
+                await trio.sleep(self.rest_s)
+            elif moved or woken or not fabric.arm():
                 await trio.lowlevel.checkpoint()
                 continue
             with trio.move_on_after(FALLBACK_S):

@@ -210,7 +210,7 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
             weights.offer,
             cut=config.cut,
         )
-        weights.attach(view, lambda site: view.remote(site).weights)
+        weights.attach(view, lambda site: view.remote(site).weights, lambda: service.stepping)
         relaying = Relaying(config.site, reachable(host), config.relay_mbps, view.own_address, delay_s)
         measuring = Measuring(
             config.site,

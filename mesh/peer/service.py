@@ -105,7 +105,12 @@ class PeerService:
     @property
     def busy(self) -> bool:
         """Whether workers here load weights, or have taken a step within the last seconds."""
-        return self._loading > 0 or trio.current_time() - self._stepped_s < BUSY_S
+        return self._loading > 0 or self.stepping
+
+    @property
+    def stepping(self) -> bool:
+        """Whether workers here have taken a step within the last seconds."""
+        return trio.current_time() - self._stepped_s < BUSY_S
 
     async def drain(self) -> None:
         """This peer leaves: take on nothing more, and wait until it is idle. The caller bounds the wait.

@@ -7,11 +7,9 @@ tickets, tells the store where to connect, and tells the mesh what is here (goss
 from __future__ import annotations
 
 import fnmatch
-import itertools
 import logging
 import math
 import secrets
-import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -24,6 +22,7 @@ import trio
 from mesh.errors import MeshError, ModelError, ModelMissing, NotAllowed, RequestError, WorkerError
 from mesh.jobs.model import Inspector, ModelInfo
 from mesh.jobs.peers import Progress
+from mesh.peer.store_process import StoreProcess
 from mesh.runtime.assignment import Assignment
 from mesh.weights.locate import locate, there
 from mesh.weights.near import MAX_SOURCES, nearest
@@ -44,12 +43,12 @@ TICKET_S = 20.0
 RETRY_S, MAX_RETRY_S = 1.0, 15.0
 #: The shards of one deployment are offered the same.
 OFFER_S = 30.0
+#: How often the store hears whether tokens travel.
+TOKENS_S = 1.0
 #: What the store answers at once.
 STORE_S = 30.0
 #: Reading a whole model to hash it: 2 TB at 100 MB/s take 20,000 s.
 SCAN_S = 6 * 3600.0
-_READ_BYTES = 1 << 16
-
 
 #: A site's `RemotePeer.weights`.
 TicketsOf = Callable[[str], Callable[[peer_pb2.WeightsRequest, float], Awaitable[peer_pb2.WeightsTicket]]]
@@ -67,136 +66,6 @@ class Placed(NamedTuple):
 
     path: str
     cached: bool
-
-
-class _Call:
-    """A request to the store."""
-
-    def __init__(self, number: int, on_event: Callable[[dict[str, Any]], None]) -> None:
-        self.number = number
-        self.on_event = on_event
-        self.done = trio.Event()
-        self.answer: dict[str, Any] = {}
-
-
-class StoreProcess:
-    """The store as the daemon sees it. Started by the first call; started again by the next one after it died."""
-
-    def __init__(
-        self,
-        command: Sequence[str],
-        on_held: Callable[[list[dict[str, Any]]], None],
-        on_sent: Callable[[str, int, float], None],
-    ) -> None:
-        self._command = tuple(command)
-        self._on_held = on_held
-        self._on_sent = on_sent
-        self._calls: dict[int, _Call] = {}
-        self._numbers = itertools.count(1)
-        self._process: trio.Process | None = None
-        self._starting = trio.Lock()
-        self._nursery: trio.Nursery | None = None
-
-    async def run(self, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Keep the process for the length of this task."""
-        try:
-            async with trio.open_nursery() as nursery:
-                self._nursery = nursery
-                task_status.started()
-                await trio.sleep_forever()
-        finally:
-            self._nursery = None
-            if self._process is not None:
-                self._process.kill()
-
-    async def start(self) -> None:
-        """See that it runs. Raises WorkerError."""
-        async with self._starting:
-            if self._process is None:
-                if self._nursery is None:
-                    raise WorkerError("this peer is stopping")
-                try:
-                    self._process = await trio.lowlevel.open_process(
-                        self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-                    )
-                except OSError as error:
-                    raise WorkerError(f"the store of weights could not be started ({error})") from error
-                self._nursery.start_soon(self._mind, self._process)
-
-    async def call(
-        self,
-        operation: str,
-        deadline_s: float,
-        on_event: Callable[[dict[str, Any]], None] = lambda event: None,
-        **body: Any,
-    ) -> dict[str, Any]:
-        """Ask, and wait for the answer. A cancelled call is cancelled there too. Raises the error it met."""
-        await self.start()
-        call = _Call(next(self._numbers), on_event)
-        self._calls[call.number] = call
-        try:
-            await self._send({"id": call.number, "op": operation, **body})
-            with trio.move_on_after(deadline_s) as scope:
-                await call.done.wait()
-            if scope.cancelled_caught:
-                raise WorkerError(f"the store of weights did not answer {operation!r} within {deadline_s:.0f} s")
-        finally:
-            del self._calls[call.number]
-            if not call.done.is_set() and self._process is not None:
-                with trio.move_on_after(1.0, shield=True):
-                    await self._send({"id": next(self._numbers), "op": "cancel", "other": call.number}, quiet=True)
-        if "error" in call.answer:
-            kind = ModelMissing if call.answer.get("missing") else ModelError
-            raise kind(str(call.answer["error"]))
-        found: dict[str, Any] = call.answer.get("ok", {})
-        return found
-
-    async def _send(self, message: dict[str, Any], *, quiet: bool = False) -> None:
-        process = self._process
-        try:
-            if process is None or process.stdin is None:
-                raise trio.BrokenResourceError
-            async with self._starting:  # one writer at a time
-                await process.stdin.send_all(msgpack.packb(message))
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            if not quiet:
-                raise WorkerError("the store of weights is gone") from None
-
-    async def _mind(self, process: trio.Process) -> None:
-        """Read what it says until it ends."""
-        assert process.stdout is not None
-        unpacker = msgpack.Unpacker(max_buffer_size=64 << 20)
-        try:
-            async for data in process.stdout:
-                unpacker.feed(data)
-                for message in unpacker:
-                    self._take(message)
-        except trio.BrokenResourceError:
-            pass
-        finally:
-            self._process = None
-            process.kill()
-            for call in list(self._calls.values()):
-                call.answer = {"error": "the store of weights ended"}
-                call.done.set()
-            with trio.CancelScope(shield=True):
-                await process.wait()
-
-    def _take(self, message: dict[str, Any]) -> None:
-        if "held" in message:
-            self._on_held(message["held"])
-            return
-        if "sent" in message:
-            self._on_sent(message["sent"], message["bytes"], message["seconds"])
-            return
-        call = self._calls.get(message.get("id", 0))
-        if call is None:
-            return
-        if "ok" in message or "error" in message:
-            call.answer = message
-            call.done.set()
-        else:
-            call.on_event(message)
 
 
 class Weights:
@@ -220,6 +89,7 @@ class Weights:
         self.site = site
         self._view: View | None = None
         self._peer: TicketsOf | None = None
+        self._stepping: Callable[[], bool] = lambda: False
         self._store = store
         self._inspector = inspector
         self._models = models
@@ -234,18 +104,34 @@ class Weights:
         self._offering = trio.Lock()
         self._offers: dict[str, tuple[float, bytes]] = {}
 
-    def attach(self, view: View, peer: TicketsOf) -> None:
-        """The picture of the mesh and the way to its peers, which are made after this."""
-        self._view, self._peer = view, peer
+    def attach(self, view: View, peer: TicketsOf, stepping: Callable[[], bool] = lambda: False) -> None:
+        """The picture of the mesh and the way to its peers, which are made after this.
+
+        `stepping` says whether workers of this site take steps now, so that their tokens go before weights.
+        """
+        self._view, self._peer, self._stepping = view, peer, stepping
 
     def begin(self, nursery: trio.Nursery) -> None:
         """Tell of the models that lie in the site's folder. Hashing, where it is wanted, runs in `nursery`."""
         self._nursery = nursery
+        nursery.start_soon(self._tell_of_tokens)
         if self._models is not None:
             for path in models_below(self._models)[:MAX_HELD]:
                 self._opened[str(path)] = path.name
             if self._opened:
                 self._tell()
+
+    async def _tell_of_tokens(self) -> None:
+        told = False
+        while True:
+            await trio.sleep(TOKENS_S)
+            told = told and self._store.runs  # a store that was started again knows nothing
+            if self._store.runs and self._stepping() != told:
+                try:
+                    await self._store.call("tokens", STORE_S, travel=not told)
+                    told = not told
+                except MeshError as error:
+                    logger.warning("%s", error)
 
     # -- what is here
 

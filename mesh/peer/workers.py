@@ -172,7 +172,7 @@ class WorkerPool:
     def pid(self, job: str, device: str) -> int | None:
         """The process id of a worker, or None where there is none."""
         worker = self._find(job, device)
-        return None if worker is None else worker.process.pid
+        return None if worker is None else worker.pid
 
     async def _command_to(
         self, job: str, device: str, make: Callable[[int], Command], deadline_s: float = COMMAND_S

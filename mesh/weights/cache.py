@@ -90,6 +90,17 @@ class CachedModel:
 
     def write(self, block: int, data: bytes | memoryview) -> bool:
         """Keep a block if it is what its hash says; False where it is not. Raises OSError (a full disk)."""
+        good = self.put(block, data)
+        if good:
+            self.mark(block)
+        return good
+
+    def mark(self, block: int) -> None:
+        """A block that was `put` is there. Raises OSError."""
+        self._have.add(block)
+
+    def put(self, block: int, data: bytes | memoryview) -> bool:
+        """The part of `write` that takes time, for any thread: check and write. It counts once it is marked."""
         if not self.manifest.fits(block, data):
             return False
         file, offset, length = self.manifest.place(block)
@@ -97,7 +108,6 @@ class CachedModel:
         view = memoryview(data)
         while done < length:
             done += os.pwrite(self._descriptors[file], view[done:], offset + done)
-        self._have.add(block)
         return True
 
     def read(self, block: int) -> bytes | None:

@@ -1,5 +1,7 @@
 """Fetching the blocks of one model from several sources at once, each checked, each kept as it comes.
 
+Blocks are hashed and written by threads while others arrive; so many at once and no more, or a slow disk would fill the
+memory.
 The decisions are `mesh.weights.pull`'s; here are the channels. A source that breaks, stalls or sends what is not the
 block is given up and reported; whoever started the fetch may bring it back, or another. The fetch ends when every
 block is there, or when for `PATIENCE_S` no source gave any.
@@ -18,6 +20,7 @@ from mesh.weights.frames import BLOCK, CANCEL, GONE, HAVE, MANIFEST, WANT, numbe
 from mesh.weights.have import BlockMap
 from mesh.weights.manifest import MAX_MANIFEST_BYTES, Manifest
 from mesh.weights.pull import MAX_STALL_S, Puller
+from mesh.weights.serving import hush
 from transport import Channel, DeadlineExceeded, TransportError, connect_channel
 from transport.trio_shell import Driver
 
@@ -25,6 +28,8 @@ from transport.trio_shell import Driver
 HELLO_S = 15.0
 #: A fetch that gets nothing from anybody for so long has failed. The sources are tried again meanwhile.
 PATIENCE_S = 30.0
+#: Blocks that are being hashed and written. While so many are, nothing more is taken in and the sources wait.
+WRITES = 8
 #: How often a source that waits looks for blocks that others gave back.
 TURN_S = 0.25
 
@@ -43,7 +48,8 @@ class Source:
 class Fetch:
     """One model's fetch. `lost(site, reason)` is told of each source that is given up.
 
-    `progress(done, total)` counts bytes of the blocks that were wanted and not there.
+    `progress(done, total)` counts bytes of the blocks that were wanted and not there. `busy` says whether tokens travel
+    at this site, so that they are let pass.
     """
 
     def __init__(
@@ -52,8 +58,10 @@ class Fetch:
         *,
         lost: Callable[[str, str], None],
         progress: Callable[[int, int], None] = lambda done, total: None,
+        busy: Callable[[], bool] = lambda: False,
     ) -> None:
         self._driver = driver
+        self._busy = busy
         self._lost = lost
         self._progress = progress
         self._connections: dict[str, _Connection] = {}
@@ -65,6 +73,8 @@ class Fetch:
         self._puller: Puller | None = None
         self._failure: MeshError | None = None
         self._done_bytes = self._total_bytes = 0
+        self._writing = 0
+        self._room = trio.Semaphore(WRITES)
         self.fetched: dict[str, int] = {}
 
     def add(self, source: Source) -> None:
@@ -99,10 +109,12 @@ class Fetch:
         for connection in self._connections.values():
             self._enlist(connection)
         try:
-            while not puller.done:
+            while not puller.done or self._writing:
                 if self._failure is not None:
                     raise self._failure
                 now = trio.current_time()
+                if not self._room.value:
+                    puller.excuse(now)
                 for site in puller.stalled(now):
                     self._give_up(self._connections[site], f"it sent nothing for {MAX_STALL_S:.0f} s or more")
                 await self._wait(f"{self._total_bytes - self._done_bytes} bytes")
@@ -162,8 +174,8 @@ class Fetch:
     async def _serve(self, connection: _Connection) -> None:
         source = connection.source
         channel: Channel | None = None
-        with connection.scope:
-            try:
+        try:
+            with connection.scope:
                 channel = connection.channel = connect_channel(
                     self._driver.fabric,
                     source.address,
@@ -179,15 +191,22 @@ class Fetch:
                 connection.ready = True
                 self._enlist(connection)
                 self._change()
+                if self._nursery is not None:
+                    self._nursery.start_soon(self._hush, connection, channel)
                 await self._pull(connection, channel)
-            except (TransportError, MeshError) as error:
-                self._give_up(connection, str(error))
-            except OSError as error:
-                text = "the disk is full" if disk_full(error) else str(error.strerror)
-                self._failure = ModelError(f"the cache of weights cannot be written: {text}")
-                self._change()
-        if channel is not None:
-            channel.close()
+        except (TransportError, MeshError) as error:
+            self._give_up(connection, str(error))
+        finally:
+            connection.hushing.cancel()
+            if channel is not None:
+                channel.close()
+
+    async def _hush(self, connection: _Connection, channel: Channel) -> None:
+        with connection.hushing:
+            try:
+                await hush(self._driver, channel, self._busy)
+            except TransportError:
+                pass  # whoever receives finds out
 
     async def _pull(self, connection: _Connection, channel: Channel) -> None:
         site = connection.source.site
@@ -208,34 +227,54 @@ class Fetch:
             elif message.kind == GONE and puller is not None:
                 puller.refuse(site, first)
             elif message.kind == BLOCK and self._puller is not None and self._model is not None:
-                self._take(self._model, self._puller, connection, first, message.payload)
+                await self._take(self._model, self._puller, connection, first, message.payload)
 
     def _ask(self, puller: Puller, site: str, channel: Channel) -> None:
         now = trio.current_time()
         while (block := puller.next(site, now)) is not None:
-            channel.send(numbers(block), kind=WANT)
+            channel.send(numbers(block), kind=WANT, bulk=True)
         self._driver.fabric.wake()
 
-    def _take(self, model: CachedModel, puller: Puller, connection: _Connection, block: int, data: memoryview) -> None:
+    async def _take(
+        self, model: CachedModel, puller: Puller, connection: _Connection, block: int, data: memoryview
+    ) -> None:
         site = connection.source.site
         self.fetched[site] = self.fetched.get(site, 0) + len(data)
-        if block in model.have or not 0 <= block < model.have.blocks:
-            return  # another was faster
-        if not model.write(block, data):
-            raise ModelError(f"it sent a block {block} that is not of the model")
+        await self._room.acquire()
         useful, others = puller.arrived(site, block, trio.current_time())
         for other in others:
             taken = self._connections.get(other)
             if taken is not None and taken.channel is not None:
                 try:
-                    taken.channel.send(numbers(block), kind=CANCEL)
+                    taken.channel.send(numbers(block), kind=CANCEL, bulk=True)
                 except TransportError:
                     pass  # its own task finds out
-        if useful:
-            self._moved_at = trio.current_time()
-            self._done_bytes += len(data)
-            self._progress(self._done_bytes, self._total_bytes)
-            if puller.done:
+        if useful and self._nursery is not None:
+            self._writing += 1
+            self._nursery.start_soon(self._keep, model, puller, connection, block, data)
+        else:
+            self._room.release()
+
+    async def _keep(
+        self, model: CachedModel, puller: Puller, connection: _Connection, block: int, data: memoryview
+    ) -> None:
+        """Check and write one block in a thread; it counts when that is done."""
+        try:
+            if await trio.to_thread.run_sync(model.put, block, data):
+                model.mark(block)
+                self._moved_at = trio.current_time()
+                self._done_bytes += len(data)
+                self._progress(self._done_bytes, self._total_bytes)
+            else:
+                puller.spoilt(block)
+                self._give_up(connection, f"it sent a block {block} that is not of the model")
+        except OSError as error:
+            text = "the disk is full" if disk_full(error) else str(error.strerror)
+            self._failure = ModelError(f"the cache of weights cannot be written: {text}")
+        finally:
+            self._writing -= 1
+            self._room.release()
+            if self._failure is not None or (puller.done and not self._writing):
                 self._change()
 
     async def _manifest_of(self, connection: _Connection) -> bytes:
@@ -243,7 +282,7 @@ class Fetch:
         assert channel is not None
         chunk, total = 0, 1
         while chunk < total:
-            channel.send(numbers(chunk), kind=MANIFEST)
+            channel.send(numbers(chunk), kind=MANIFEST, bulk=True)
             self._driver.fabric.wake()
             with trio.move_on_after(HELLO_S) as late:
                 while chunk not in connection.chunks:
@@ -265,6 +304,7 @@ class _Connection:
     def __init__(self, source: Source) -> None:
         self.source = source
         self.scope = trio.CancelScope()
+        self.hushing = trio.CancelScope()
         self.channel: Channel | None = None
         self.ready = False
         self.bits = b""

@@ -3,6 +3,10 @@
 fetcher -> server   WANT(block)  CANCEL(block)  MANIFEST(chunk)
 server  -> fetcher  HAVE(bits, or nothing for all blocks), first of all    BLOCK(block, bytes)  GONE(block)
                     MANIFEST(chunk, of how many; bytes)
+either              HUSH: tokens travel at this site, or may: again and again as long as they do
+
+Everything but HUSH is sent as bulk: a transport that sees small messages beside bulk holds the bulk back, and what is
+said here is nobody's token.
 """
 
 from __future__ import annotations
@@ -12,7 +16,9 @@ import struct
 from mesh.errors import RequestError
 
 #: Kinds of `transport.Channel` messages, one set for both directions.
-HAVE, WANT, CANCEL, BLOCK, GONE, MANIFEST = range(1, 7)
+HAVE, WANT, CANCEL, BLOCK, GONE, MANIFEST, HUSH = range(1, 8)
+#: How often HUSH is said: well within the time for which the transport remembers small messages (5 s).
+HUSH_S = 1.0
 #: Manifests travel in pieces of so many bytes.
 CHUNK_BYTES = 1 << 20
 

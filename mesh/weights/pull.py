@@ -31,11 +31,15 @@ _TAKE_OVER, _TAKE_OVER_S = 1.5, 0.1
 class _Source:
     has: Callable[[int], bool]
     heard_at: float
+    refused: set[int] = field(default_factory=set)
     asked: OrderedDict[int, float] = field(default_factory=OrderedDict)
     rate: float = 0.0
     latency_s: float = math.inf
     counted_at: float = 0.0
     counted_bytes: int = 0
+
+    def gives(self, block: int) -> bool:
+        return self.has(block) and block not in self.refused
 
 
 class Puller:
@@ -73,8 +77,7 @@ class Puller:
         """The source does not have this block after all."""
         state = self._sources.get(source)
         if state is not None:
-            has = state.has
-            state.has = lambda other: other != block and has(other)
+            state.refused.add(block)
             if state.asked.pop(block, None) is not None:
                 self._drop(source, block)
 
@@ -91,7 +94,7 @@ class Puller:
         state = self._sources.get(source)
         if state is None or len(state.asked) >= self.window(source):
             return None
-        block = next((free for free in self._free if state.has(free)), None)
+        block = next((free for free in self._free if state.gives(free)), None)
         if block is None and not state.asked:
             block = self._take_over(source, state, now)
         if block is None:
@@ -106,7 +109,7 @@ class Puller:
         return block
 
     def arrived(self, source: str, block: int, now: float) -> tuple[bool, tuple[str, ...]]:
-        """A good block came. Whether it is of use, and the other sources that were asked for it and need not send it.
+        """A block came. Whether it is of use, and the other sources that were asked for it and need not send it.
 
         A block that was not asked for is of no use.
         """
@@ -124,6 +127,17 @@ class Puller:
         del self._left[block]
         self._free.pop(block, None)
         return True, others
+
+    def spoilt(self, block: int) -> None:
+        """A block that arrived was not what it should be: it is wanted again, before all others."""
+        self._left[block] = None
+        self._free[block] = None
+        self._free.move_to_end(block, last=False)
+
+    def excuse(self, now: float) -> None:
+        """Nothing was taken in until now, which is no fault of the sources."""
+        for state in self._sources.values():
+            state.heard_at = now
 
     def stalled(self, now: float) -> list[str]:
         """The sources that owe blocks and have sent none for too long."""
@@ -161,7 +175,7 @@ class Puller:
             pace = self._typical() / other.rate if other.rate else mine_s
             waited = max(0.0, now - other.heard_at - pace)
             for place, block in enumerate(other.asked, start=1):
-                if len(self._under_way[block]) == 1 and state.has(block):
+                if len(self._under_way[block]) == 1 and state.gives(block):
                     due_s = place * pace + waited
                     if due_s > max(_TAKE_OVER * mine_s, _TAKE_OVER_S) and (worst is None or due_s > worst[0]):
                         worst = (due_s, block)

@@ -1,7 +1,14 @@
-"""Giving weights away: one channel, one model, whatever blocks of it the other end asks for, in order."""
+"""Giving weights away: one channel, one model, whatever blocks of it the other end asks for, in order.
+
+Blocks travel as bulk: on a wide link over streams of their own, as fast as it goes. While either site serves a job both
+ends say so, and the transport holds the blocks at what the link delivers and keeps the router's queue short
+(`transport.pace`): then the tokens of other channels between the two find it empty.
+"""
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Callable
@@ -11,7 +18,19 @@ from typing import Protocol
 import trio
 
 from mesh.errors import MeshError, ModelError, RequestError
-from mesh.weights.frames import BLOCK, CANCEL, CHUNK_BYTES, GONE, HAVE, MANIFEST, WANT, numbers, read_numbers
+from mesh.weights.frames import (
+    BLOCK,
+    CANCEL,
+    CHUNK_BYTES,
+    GONE,
+    HAVE,
+    HUSH,
+    HUSH_S,
+    MANIFEST,
+    WANT,
+    numbers,
+    read_numbers,
+)
 from mesh.weights.have import BlockMap
 from mesh.weights.manifest import Manifest
 from transport import Channel, TransportError
@@ -21,6 +40,10 @@ from transport.trio_shell import Driver
 IDLE_S = 120.0
 #: 1 MiB at 35 kB/s.
 SEND_S = 30.0
+#: Blocks that wait in the channel. A link of 1 Gbit/s has a tenth of a second's worth in pieces on 32 streams.
+AHEAD_BYTES = 16 << 20
+#: How often to look what has left while nothing else happens.
+LOOK_S = 0.02
 #: Requests that may wait: more than any window.
 MAX_WAITING = 256
 #: Blocks that leave in a row tell of the link from so many bytes on, more than buffers hold; so many are told at once.
@@ -77,7 +100,7 @@ class Bucket:
 class Stretch:
     """How fast bytes leave while somebody waits for more of them: what a link carries. Pure.
 
-    What the kernel's buffers swallow counts as sent, so short stretches say nothing.
+    What the kernel's buffers swallow counts as sent, so short stretches say nothing. Before `began` nothing counts.
     """
 
     def __init__(self) -> None:
@@ -91,7 +114,8 @@ class Stretch:
 
     def sent(self, count: int, now: float, *, more: bool) -> tuple[int, float] | None:
         """So many bytes have left, and `more` wait. A stretch that is over and long enough: its bytes and seconds."""
-        assert self._began_s is not None, "a stretch begins before anything is sent"
+        if self._began_s is None:
+            return None
         self._bytes += count
         seconds = now - self._began_s
         if not more or self._bytes >= MOST_BYTES:
@@ -109,18 +133,31 @@ async def serve(
     bucket: Bucket | None = None,
     *,
     report: Callable[[int, float], None] = lambda count, seconds: None,
+    busy: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Serve until the other end goes away or falls silent; the bytes sent. Raises nothing: the channel is closed.
+    """Serve until the other end goes away or falls silent; the bytes of blocks that have left.
 
-    `report` is told how many bytes left in how many seconds, where no bucket held them back.
+    Raises nothing: the channel is closed.
+
+    `report` is told how many bytes left in how many seconds, where no bucket held them back. `busy` says whether tokens
+    travel at this site.
     """
     stretch = Stretch()
     waiting: OrderedDict[int, None] = OrderedDict()
     asked = trio.Event()
-    sent = 0
+    queued = left = 0
+
+    def account() -> None:
+        nonlocal left
+        before, left = left, queued - channel.bulk_pending_bytes
+        seen = stretch.sent(left - before, trio.current_time(), more=bool(waiting) or left < queued)
+        if seen is not None and bucket is None:
+            report(*seen)
 
     async def send(kind: int, meta: bytes, payload: bytes = b"") -> None:
-        await driver.send(channel, meta, payload, SEND_S, kind=kind)
+        channel.send(meta, payload, kind=kind, bulk=True)
+        driver.fabric.wake()
+        await driver.room(channel, AHEAD_BYTES, SEND_S)
 
     async def listen() -> None:
         while True:
@@ -133,15 +170,17 @@ async def serve(
             elif message.kind == WANT and first < held.manifest.blocks and len(waiting) < MAX_WAITING:
                 waiting[first] = None
                 asked.set()
-            else:
+            elif message.kind != HUSH:
                 raise RequestError(f"kind {message.kind} about block {first} is nothing to ask for")
 
     async def answer() -> None:
-        nonlocal asked, sent
+        nonlocal asked, queued
         while True:
             while not waiting:
                 asked = trio.Event()
-                await asked.wait()
+                with trio.move_on_after(LOOK_S if left < queued else math.inf):
+                    await asked.wait()
+                account()
             block, _ = waiting.popitem(last=False)
             data = await trio.to_thread.run_sync(held.read, block)
             if data is None:
@@ -150,11 +189,9 @@ async def serve(
             if bucket is not None:
                 await trio.sleep(bucket.take(len(data), trio.current_time()))
             stretch.began(trio.current_time())
+            queued += len(data)
             await send(BLOCK, numbers(block), data)
-            sent += len(data)
-            seen = stretch.sent(len(data), trio.current_time(), more=bool(waiting))
-            if seen is not None and bucket is None:
-                report(*seen)
+            account()
 
     async def until_over(step: object, scope: trio.CancelScope) -> None:
         try:
@@ -168,11 +205,21 @@ async def serve(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(until_over, listen, nursery.cancel_scope)
             nursery.start_soon(until_over, answer, nursery.cancel_scope)
+            nursery.start_soon(until_over, functools.partial(hush, driver, channel, busy), nursery.cancel_scope)
     except TransportError:
         pass
     finally:
         channel.close()
-    return sent
+    return left
+
+
+async def hush(driver: Driver, channel: Channel, busy: Callable[[], bool]) -> None:
+    """Have the transport hold bulk back as long as `busy`, at both ends. Raises TransportError at the channel's end."""
+    while True:
+        if busy():
+            channel.send(numbers(0), kind=HUSH)
+            driver.fabric.wake()
+        await trio.sleep(HUSH_S)
 
 
 async def _send_manifest(manifest: Manifest, chunk: int, send: object) -> None:

@@ -4,14 +4,13 @@ It hashes folders of models, serves their blocks to other sites and fetches bloc
 byte of weights goes through the daemon. It never imports torch. Its stdin and stdout belong to the daemon: msgpack maps
 one after the other. A request {"id", "op", ...} gets one {"id", "ok": {...}} or {"id", "error": line}, for a fetch with
 {"id", "done", "total"} and {"id", "lost": site, "why": line} before it. {"held": [...]} says what is here, unasked,
-whenever that changes, and {"sent": site, "bytes", "seconds"} how fast a site was given blocks. The end of stdin ends
-the process.
+whenever that changes, {"sent": site, "bytes", "seconds"} how fast a site is given blocks, and {"gave": site, "bytes"}
+how much it was given when it is gone. The end of stdin ends the process.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import logging
 import os
 import sys
@@ -30,7 +29,7 @@ from mesh.weights.manifest import Manifest
 from mesh.weights.ranges import layers_present, wanted
 from mesh.weights.scan import folders, remember, remembered, scan
 from mesh.weights.serving import Bucket, Holding, LocalModel, serve
-from transport import Acceptor, TransportError, open_fabric
+from transport import Acceptor, Channel, TransportError, open_fabric
 from transport.trio_shell import Driver, open_driver
 
 logger = logging.getLogger("mesh.weights")
@@ -43,6 +42,8 @@ MAX_MESSAGE_BYTES = 1 << 20
 TICKET_S = 60.0
 #: One wait for channels; the next follows.
 ACCEPT_S = 3600.0
+#: Packets that gather before they are read together: at 1 Gbit/s a quarter of a megabyte.
+REST_S = 2e-3
 _READ_BYTES = 1 << 16
 
 
@@ -73,6 +74,7 @@ class Store:
         self._expected: dict[bytes, tuple[bytes, str, float]] = {}
         self._fetches: dict[int, Fetch] = {}
         self._locks: dict[bytes, trio.Lock] = {}
+        self._serving_jobs = False
 
     def _limit(self, used: int) -> int:
         if self._limit_bytes:
@@ -197,7 +199,7 @@ class Store:
                 def lost(site: str, why: str) -> None:
                     self._tell({"id": number, "lost": site, "why": why})
 
-                fetch = Fetch(self._driver, lost=lost, progress=progress)
+                fetch = Fetch(self._driver, lost=lost, progress=progress, busy=self.busy)
                 found: CachedModel | None = cached
 
                 async def body(fetch: Fetch) -> None:
@@ -212,10 +214,13 @@ class Store:
                     await fetch.blocks(model, needed)
 
                 self._fetches[number] = fetch
+                self._driver.rest_s = REST_S
                 try:
                     await fetch.run(body)
                 finally:
                     self._fetches.pop(number, None)
+                    if not self._fetches:
+                        self._driver.rest_s = 0.0
                     self.publish()
                 assert found is not None
                 found.touch()
@@ -229,6 +234,15 @@ class Store:
         """Another source for a fetch under way. Nothing happens where it is over."""
         if fetch in self._fetches:
             self._fetches[fetch].add(Source(**ticket))
+        return {}
+
+    def busy(self) -> bool:
+        """Whether tokens travel at this site, as far as the daemon said."""
+        return self._serving_jobs
+
+    def tokens(self, travel: bool) -> dict[str, Any]:
+        """The daemon says whether tokens travel at this site: weights then let them pass."""
+        self._serving_jobs = travel
         return {}
 
     def release(self, root: bytes) -> dict[str, Any]:
@@ -257,11 +271,14 @@ class Store:
                     channel.close()
                     continue
 
-                def report(count: int, seconds: float, site: str = site) -> None:
-                    self._tell({"sent": site, "bytes": count, "seconds": seconds})
+                self._nursery.start_soon(self._give, channel, held, site)
 
-                give = functools.partial(serve, self._driver, channel, held, self._bucket, report=report)
-                self._nursery.start_soon(give)
+    async def _give(self, channel: Channel, held: Holding, site: str) -> None:
+        def report(count: int, seconds: float) -> None:
+            self._tell({"sent": site, "bytes": count, "seconds": seconds})
+
+        gave = await serve(self._driver, channel, held, self._bucket, report=report, busy=self.busy)
+        self._tell({"gave": site, "bytes": gave})
 
     def close(self) -> None:
         """Close the files."""
@@ -296,6 +313,7 @@ class Desk:
             "admit": store.admit,
             "release": store.release,
             "source": store.source,
+            "tokens": store.tokens,
             "cancel": self._cancel,
         }
         waits: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {

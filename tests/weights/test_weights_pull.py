@@ -139,3 +139,24 @@ def test_whatever_happens_every_block_arrives_once_and_windows_hold(data):
         for block in burst:
             assert puller.arrived("last", block, now)[0]
             useful.add(block)
+
+
+def test_a_source_that_has_nothing_after_all_may_say_so_of_every_block():
+    puller = Puller(range(5000), lambda block: 1)
+    puller.add("a", lambda block: True, 0.0)
+    for _ in range(5000):
+        block = puller.next("a", 0.0)
+        puller.refuse("a", block)
+    assert puller.next("a", 0.0) is None
+    puller.add("b", lambda block: True, 0.0)
+    assert puller.next("b", 0.0) is not None
+
+
+def test_a_block_that_was_spoilt_is_asked_for_again_before_all_others():
+    puller = Puller(range(3), lambda block: 1)
+    puller.add("a", lambda block: True, 0.0)
+    first = puller.next("a", 0.0)
+    assert puller.arrived("a", first, 1.0) == (True, ())
+    puller.spoilt(first)
+    assert not puller.done
+    assert puller.next("a", 1.0) == first

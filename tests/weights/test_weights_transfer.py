@@ -110,6 +110,13 @@ async def test_two_sources_share_the_blocks_and_hardly_any_comes_twice(tmp_path)
         assert w.lost == []
 
 
+async def test_a_fetch_that_is_over_lets_go_of_its_sources(tmp_path):
+    async with world(tmp_path) as w:
+        await w.fetch(w.source("a"), w.source("b"))
+        while set(w.sent) != {"a", "b"}:
+            await trio.sleep(0.01)
+
+
 async def test_what_is_there_is_not_fetched_again(tmp_path):
     async with world(tmp_path) as w:
         first = await w.fetch(w.source("a"), wanted=[0, 1, 2])
@@ -203,7 +210,7 @@ async def test_a_full_disk_ends_the_fetch_in_words(tmp_path, monkeypatch):
         def full(self, block, data):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr("mesh.weights.cache.CachedModel.write", full)
+        monkeypatch.setattr("mesh.weights.cache.CachedModel.put", full)
         with pytest.raises(ModelError, match="the disk is full"):
             await w.fetch(w.source("a"))
 
