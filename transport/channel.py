@@ -200,6 +200,11 @@ class Channel:
         return allowance_s(waiting, self._pipe.least_rtt_s or 0.0, rate, self._watches.patience_s)
 
     @property
+    def sealed(self) -> bool:
+        """Whether frames are encrypted."""
+        return self._sealed
+
+    @property
     def established(self) -> bool:
         """True once the neighbour answered the hello (always true at the accepting end)."""
         return self._reader is not None

@@ -61,14 +61,19 @@ def as_tensor(data: memoryview, dtype: torch.dtype, count: int | None) -> torch.
 
 
 def add_in_order(parts: Sequence[torch.Tensor], out: torch.Tensor) -> None:
-    """The sum of `parts` in the order given, into `out`, which may be one of them. 16-bit floats: see `wide`."""
+    """The sum of `parts` in the order given, into `out`, which may be one of them but overlaps no other.
+
+    16-bit floats: see `wide`.
+    """
     import torch
 
     carried = wide(out.dtype)
     if len(parts) == 1:
         out.copy_(parts[0])
-    elif len(parts) == 2 and carried == out.dtype == parts[0].dtype:
+    elif carried == out.dtype == parts[0].dtype and not any(part is out for part in parts[2:]):
         torch.add(parts[0], parts[1], out=out)
+        for part in parts[2:]:
+            out.add_(part)
     else:
         total = torch.add(parts[0].to(carried), parts[1].to(carried))
         for part in parts[2:]:

@@ -12,14 +12,22 @@ import selectors
 import socket
 import time
 from collections.abc import Sequence
-
-from transport.base import Fabric
+from typing import Protocol
 
 #: How long a wait polls before it sleeps. A reply over loopback takes 10 to 25 us; see docs/benchmarks.
 SPIN_S = 50e-6
 
 #: The longest sleep in the kernel. Wake-ups of UCX have been lost (ucxx#15); a second look costs nothing.
 FALLBACK_S = 0.25
+
+
+class Waitable(Protocol):
+    """What `wait_any` waits for: a fabric, of whose methods these are (see `transport.base`), or a bell."""
+
+    def progress(self) -> bool: ...
+    def take_wake(self) -> bool: ...
+    def arm(self) -> bool: ...
+    def fileno(self) -> int: ...
 
 
 class Gate:
@@ -102,7 +110,7 @@ def block(descriptors: Sequence[int], timeout_s: float) -> None:
     poll.poll(timeout_s * 1000)
 
 
-def wait_any(fabrics: Sequence[Fabric], timeout_s: float, *, spin_s: float = SPIN_S) -> None:
+def wait_any(fabrics: Sequence[Waitable], timeout_s: float, *, spin_s: float = SPIN_S) -> None:
     """`Fabric.wait` over several fabrics of one thread: returns when any moved something or was woken.
 
     fabrics: those whose channels the caller is going to look at next. timeout_s: 0 progresses once.

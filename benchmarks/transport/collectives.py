@@ -1,4 +1,7 @@
-"""Our all-reduce beside that of torch.distributed with gloo, over processes of this machine."""
+"""Our all-reduce beside that of torch.distributed with gloo, over processes of this machine.
+
+Shards of one site share memory where they can ("shared memory"); elsewhere they exchange messages ("tcp", "ucx").
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,13 @@ from benchmarks.transport.rows import Contender, LeftOut, Options, Row, Sample, 
 from transport import available
 
 RANKS = (2, 3, 4)
+SHARED = "shared memory"
 SIZES = (1024, 2304, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20, 16 << 20)
 QUICK = (2304, 256 << 10)
 WHAT = tuple(
-    f"all-reduce {ranks} ranks {who}" for ranks in RANKS for who in ("gloo", "tcp", "tcp sealed", "ucx", "ucx sealed")
+    f"all-reduce {ranks} ranks {who}"
+    for ranks in RANKS
+    for who in ("gloo", SHARED, f"{SHARED} sealed", "tcp", "tcp sealed", "ucx", "ucx sealed")
 )
 
 #: Bytes that one measurement moves, and all-reduces of it at most.
@@ -30,7 +36,7 @@ def rows(options: Options) -> Iterator[Row]:
         gloo = f"all-reduce {ranks} ranks gloo"
         ours = [
             (f"all-reduce {ranks} ranks {backend}{' sealed' if seal else ''}", backend, seal)
-            for backend in reversed(available())
+            for backend in (SHARED, *reversed(available()))
             for seal in (False, True)
         ]
         ours = [each for each in ours if options.wants(each[0])]
@@ -38,12 +44,15 @@ def rows(options: Options) -> Iterator[Row]:
             continue
         with ExitStack() as stack:
             others = stack.enter_context(open_ranks("tcp", ranks, seal=False))
-            groups = {what: stack.enter_context(open_ranks(backend, ranks, seal=seal)) for what, backend, seal in ours}
+            groups = {
+                what: stack.enter_context(open_ranks("tcp" if backend == SHARED else backend, ranks, seal=seal))
+                for what, backend, seal in ours
+            }
             port = _free_port()
             for size in QUICK if options.quick else SIZES:
                 contenders = [_contender(gloo, others, f"gloo {size} {_count(size)} {port}", size, None)]
                 contenders += [
-                    _contender(what, group, f"reduce {size} {_count(size)}", size, gloo)
+                    _contender(what, group, f"reduce {size} {_count(size)} {int(SHARED in what)}", size, gloo)
                     for what, group in groups.items()
                 ]
                 yield from interleaved(contenders, size, "loopback", options.rounds)

@@ -139,7 +139,7 @@ class _Tasks:
         self._rank = rank
         self._size = size
         self._channels = channels
-        self._group: Any = None
+        self._groups: dict[int, Any] = {}
         self._gloo: Any = None
 
     def run(self, what: str, nbytes: int, count: int, extra: int = 0) -> float:
@@ -152,16 +152,17 @@ class _Tasks:
         }[what]
         return task(nbytes, count, extra)
 
-    def _reduce(self, nbytes: int, count: int, _: int) -> float:
+    def _reduce(self, nbytes: int, count: int, beside: int) -> float:
+        """beside: 1 lets the ranks share memory, 0 has them send messages."""
         import torch
 
         from transport.collectives import Group
 
         torch.set_num_threads(1)
-        if self._group is None:
-            self._group = Group(self._rank, self._size, self._channels)
+        group = self._groups.get(beside)
+        if group is None:
+            group = self._groups[beside] = Group(self._rank, self._size, self._channels, beside=bool(beside))
         tensor = torch.zeros(nbytes // 4)
-        group = self._group
         with torch.inference_mode():
             for _ in range(2):
                 group.all_reduce_(tensor, TASK_S)

@@ -25,7 +25,7 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def run(size, work, *, backend="memory"):
+def run(size, work, *, backend="memory", **options):
     """Run work(group) for every rank in a thread of its own; give the results in the order of the ranks."""
     fabrics = [open_fabric(backend) for _ in range(size)]
     channels = [{} for _ in range(size)]
@@ -36,7 +36,7 @@ def run(size, work, *, backend="memory"):
 
     def one(rank):
         try:
-            results[rank] = work(Group(rank, size, channels[rank]))
+            results[rank] = work(Group(rank, size, channels[rank], **options))
         except TransportError as error:
             results[rank] = error
         except BaseException as error:
@@ -107,7 +107,7 @@ def test_every_algorithm_gives_the_same_bits_on_every_rank(algorithm, size, dtyp
 
 
 def test_a_ring_passes_on_many_pieces(monkeypatch):
-    monkeypatch.setattr("transport.collectives.PIECE_BYTES", 4000)
+    monkeypatch.setattr("transport.reductions.PIECE_BYTES", 4000)
 
     def work(group):
         return group.all_reduce_(noise(group.rank, (20_011,), torch.float16), 20, algorithm=RING)
@@ -177,7 +177,7 @@ def test_a_rank_that_is_lost_is_an_exception_at_every_rank_at_once(algorithm):
     def work(group):
         group._island = 2
         if group.rank == 3:
-            for channel in group._channels.values():
+            for channel in group._x.channels.values():
                 channel.abort()
             return ChannelBroken("itself")
         return group.all_reduce_(torch.ones(1000), 25, algorithm=algorithm)
@@ -243,7 +243,7 @@ def test_a_group_of_one_does_nothing():
 
 def test_ordinary_messages_on_the_channel_pass_by_a_collective():
     def work(group):
-        channel = group._channels[1 - group.rank]
+        channel = group._x.channels[1 - group.rank]
         channel.send(b"step", b"x" * 100, kind=3)
         result = group.all_reduce_(torch.ones(4), 10)
         channel.send(b"after")
@@ -323,6 +323,6 @@ def test_nothing_is_taken_in_between_looking_for_a_message_and_waiting_for_it(mo
             ready = "wait" in done
             return Message(kind, self.meta, memoryview(bytearray(4))) if ready else None
 
-    monkeypatch.setattr("transport.collectives.wait_any", lambda *_, **__: done.append("wait"))
+    monkeypatch.setattr("transport.exchange.wait_any", lambda *_, **__: done.append("wait"))
     Group(0, 2, {1: Close()}).all_reduce_(torch.ones(1), 1.0)
     assert done == ["look", "wait", "look"]
