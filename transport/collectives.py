@@ -70,7 +70,7 @@ class Group:
         self._board: Board | None = None
         self._timeout_s: float | None = None
         self._deadline = 0.0
-        self._nbytes = 0
+        self._over: torch.Tensor | None = None
 
     def close(self) -> None:
         """Release what the group holds; the channels stay open. Idempotent."""
@@ -79,7 +79,9 @@ class Group:
 
     # -- operations
 
-    def all_reduce_(self, tensor: torch.Tensor, timeout_s: float | None = None, *, algorithm: str | None = None) -> torch.Tensor:
+    def all_reduce_(
+        self, tensor: torch.Tensor, timeout_s: float | None = None, *, algorithm: str | None = None
+    ) -> torch.Tensor:
         """Replace `tensor` by its sum over all ranks, the same bits on each. Any shape, dtype and device.
 
         algorithm: one of those above, the same at every rank; None chooses.
@@ -173,7 +175,8 @@ class Group:
                 times = []
                 for _ in range(_ROUNDS if index == 0 else _ROUNDS // 4):
                     began = time.perf_counter()
-                    self._x.run(_COSTS, tensor, deadline - time.monotonic(), functools.partial(self._ping, tensor, rank)
+                    self._x.run(
+                        _COSTS, tensor, deadline - time.monotonic(), functools.partial(self._ping, tensor, rank)
                     )
                     times.append((time.perf_counter() - began) / 2)
                 found[index] = max(found[index], sorted(times)[len(times) // 2])
@@ -224,7 +227,7 @@ class Group:
 
     def _over_board(self, tensor: torch.Tensor, timeout_s: float | None, root: int | None = None) -> None:
         assert self._board is not None
-        self._timeout_s, self._deadline, self._nbytes = timeout_s, 0.0, tensor.nbytes
+        self._timeout_s, self._deadline, self._over = timeout_s, 0.0, tensor
         if tensor.requires_grad:
             tensor = tensor.detach()
         try:
@@ -235,13 +238,16 @@ class Group:
         except TransportError as error:
             self._x.tell(error)
             raise
+        finally:
+            self._over = None
 
     def _pause(self, rank: int) -> None:
         """`rank` has not come for longer than a moment. The clock is not looked at before."""
         if not self._deadline:
             timeout_s = self._timeout_s
             if timeout_s is None:
-                timeout_s = self._x.allowed_s(self._nbytes)
+                assert self._over is not None
+                timeout_s = self._x.allowed_s(self._over.nbytes)
             self._deadline = time.monotonic() + timeout_s
         assert self._board is not None
         self._x.rest(rank, self._deadline, self._board.segment)

@@ -92,6 +92,7 @@ class Segment:
         """Release the descriptors; the memory goes with the last view of it. Idempotent."""
         if not self._closed:
             self._closed = True
+            self.memory = memoryview(b"")
             for descriptor in (self._file, self._bell, self._rope):
                 os.close(descriptor)
 
@@ -122,6 +123,7 @@ class Attached:
             os.close(opened)
         if bytes(self.memory[DATA_AT - _TOKEN_BYTES : DATA_AT]) != token:
             raise ValueError("the offer leads to another segment: the processes do not see each other's numbers")
+        self._rope = -1
         self._rope = os.open(f"/proc/{pid}/fd/{rope}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         if not stat.S_ISFIFO(os.fstat(self._rope).st_mode):
             self.close()
@@ -139,6 +141,7 @@ class Attached:
         if self._rope >= 0:
             os.close(self._rope)
             self._rope = -1
+            self.memory = memoryview(b"")
 
 
 def pack(offer: dict[str, Any]) -> bytes:

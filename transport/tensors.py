@@ -39,7 +39,7 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a flat CPU tensor. Through uint8, because numpy knows no bfloat16."""
     import torch
 
-    return tensor.view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
+    return tensor.view(torch.uint8).numpy().data if tensor.numel() else memoryview(bytearray())
 
 
 def as_tensor(data: memoryview, dtype: torch.dtype, count: int | None) -> torch.Tensor:

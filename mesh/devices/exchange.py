@@ -79,6 +79,8 @@ class Partner:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._group is not None:
+            self._group.close()
         self._acceptor.close()
         self._fabric.close()
         self._process.kill()
@@ -107,7 +109,7 @@ class Partner:
             return Company()
         assert self._channel is not None
         channel = self._channel
-        self._group = group = self._group or Group(0, 2, {1: channel})  # it counts what both have done
+        self._group = group = self._group or Group(0, 2, {1: channel}, beside=True)  # it counts what both have done
         torch.set_num_threads(1)
         alone: list[float] = []
         beside: list[float] = []
@@ -185,7 +187,7 @@ def main() -> int:
     channel = connect_channel(
         fabric, bytes.fromhex(address), name="the calibration", key=bytes.fromhex(key), hello=b"exchange"
     )
-    group = Group(1, 2, {0: channel})
+    group = Group(1, 2, {0: channel}, beside=True)
     kept: dict[str, _Layers] = {}
     try:
         with torch.inference_mode():

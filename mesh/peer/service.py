@@ -196,7 +196,8 @@ class PeerService:
                     f"{self.site} seals what goes to {neighbour.name}: a site may leave that out "
                     "between its own shards alone, where its own `seal` is off"
                 )
-        await self._pool.connect(request.job, _epoch(request.epoch), request.device, request.neighbours)
+        epoch = _epoch(request.epoch)
+        await self._pool.connect(request.job, epoch, request.device, request.neighbours, site=self.site)
 
     async def start(self, request: peer_pb2.StartRequest) -> None:
         """Begin or resume a request."""

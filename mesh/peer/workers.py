@@ -124,13 +124,21 @@ class WorkerPool:
         return {str(backend): bytes(address) for backend, address in body["addresses"].items()}
 
     async def connect(
-        self, job: str, epoch: Epoch, device: str, neighbours: Iterable[Any], *, timeout_s: float = CONNECT_S
+        self,
+        job: str,
+        epoch: Epoch,
+        device: str,
+        neighbours: Iterable[Any],
+        *,
+        site: str | None = None,
+        timeout_s: float = CONNECT_S,
     ) -> None:
         """Open the worker's channels; returns when all are open.
 
-        `neighbours` are `protocol.Neighbour` or `peer_pb2.Neighbour`, whose fields are the same.
+        `neighbours` are `protocol.Neighbour` or `peer_pb2.Neighbour`, whose fields are the same. `site` is this peer's:
+        neighbours of its name are workers of this pool.
         """
-        values = tuple(_neighbour(neighbour) for neighbour in neighbours)
+        values = tuple(_neighbour(neighbour, site) for neighbour in neighbours)
         await self._command_to(
             job, device, lambda id: Connect(id, epoch, values, timeout_s), deadline_s=timeout_s + COMMAND_S
         )
@@ -246,7 +254,7 @@ def _over(old: Epoch, new: Epoch) -> str:
     return f"epoch {old[0]} of {old[1]} is over: this worker obeys epoch {new[0]} of {new[1]}"
 
 
-def _neighbour(value: Any) -> Neighbour:
+def _neighbour(value: Any, site: str | None) -> Neighbour:
     if isinstance(value, Neighbour):
         return value
     return Neighbour(
@@ -259,4 +267,5 @@ def _neighbour(value: Any) -> Neighbour:
         hello=value.hello,
         seal=value.seal,
         delay_s=value.delay_s,
+        beside=value.name.split("/")[0] == site and not value.delay_s,
     )

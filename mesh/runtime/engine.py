@@ -178,7 +178,9 @@ class Engine:
             command, self._connect = self._connect[0], None
             self._emit(Reply.of_error(command.id, WorkerError(f"connecting was {why}")))
         self._steps_before, self._decoded_before = self.steps, self.decoded
-        self._ring = None
+        if self._ring is not None:
+            self._ring.close()
+            self._ring = None
         self.links.drop()
         if self._model is not None:
             self._model.drop_all()

@@ -86,6 +86,8 @@ class Links:
         self.next: Channel | None = None
         self.previous: Channel | None = None
         self.shards: dict[int, Channel] = {}
+        #: Whether all shards of the stage are workers of this host.
+        self.beside = False
         self.guarded = False
         self._interrupted = interrupted
         self._open_fabric = fabrics
@@ -129,6 +131,8 @@ class Links:
 
     def open(self, neighbours: Iterable[Neighbour]) -> None:
         """Begin to open channels; `opened` says when they are. Raises WorkerError where one cannot be met."""
+        neighbours = tuple(neighbours)
+        self.beside = all(neighbour.beside for neighbour in neighbours if neighbour.role == "shard")
         for neighbour in neighbours:
             acceptor = self._acceptors.get(neighbour.backend)
             if acceptor is None:

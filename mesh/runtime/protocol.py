@@ -34,7 +34,8 @@ class Neighbour:
     """One channel to open. `role` is "next", "previous" or "shard" (then `rank` is that shard's rank in the stage).
 
     `address` is empty where the neighbour connects to us. `key` is 32 bytes; frames are sealed when `seal` is true.
-    `hello` names the channel to the listening end. `delay_s` is emulated one-way latency, 0 outside drills.
+    `hello` names the channel to the listening end. `delay_s` is emulated one-way latency, 0 outside drills. `beside`:
+    it is a worker of this same peer, and so of this host.
     """
 
     role: str
@@ -46,6 +47,7 @@ class Neighbour:
     hello: bytes
     seal: bool = True
     delay_s: float = 0.0
+    beside: bool = False
 
 
 @dataclass(frozen=True, slots=True)

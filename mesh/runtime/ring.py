@@ -100,6 +100,11 @@ class Ring:
         ears.extend((channel, self._from_shard) for channel in self._followers)
         return ears
 
+    def close(self) -> None:
+        """Let go of what the shards share. The channels are not the ring's to close."""
+        if self._group is not None:
+            self._group.close()
+
     def start(self, request: Request) -> None:
         """Begin or resume a request. Raises RequestError; ProtocolError where this is not the first stage's lead."""
         self._first().start(request)
@@ -320,6 +325,9 @@ class _TimedGroup:
         self._inner = inner
         self._clock = clock
 
+    def close(self) -> None:
+        self._inner.close()
+
     def all_reduce_(self, tensor: torch.Tensor, timeout_s: float | None) -> object:
         began = self._clock()
         result: object = self._inner.all_reduce_(tensor, timeout_s)
@@ -342,7 +350,7 @@ class _TimedGroup:
 def _group(assignment: Assignment, links: Links, clock: Callable[[], float]) -> _TimedGroup:
     from transport.collectives import Group
 
-    return _TimedGroup(Group(assignment.rank, assignment.size, links.shards), clock)
+    return _TimedGroup(Group(assignment.rank, assignment.size, links.shards, beside=links.beside), clock)
 
 
 def _bytes(tensor: torch.Tensor, dtype: torch.dtype, uint8: torch.dtype) -> memoryview:

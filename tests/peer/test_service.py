@@ -36,7 +36,7 @@ class FakePool:
         self.prepared.append((name, assignment))
         return {"tcp": b"address"}
 
-    async def connect(self, job, epoch, device, neighbours):
+    async def connect(self, job, epoch, device, neighbours, *, site):
         self.connected = list(neighbours)
 
     async def release(self, job, device):

@@ -15,7 +15,7 @@ import trio
 
 from mesh.errors import DeadlineExceeded, ModelError, WorkerError
 from mesh.peer import worker_process, workers
-from mesh.peer.workers import WorkerPool
+from mesh.peer.workers import WorkerPool, _neighbour
 from mesh.runtime.assignment import Assignment
 from mesh.wire.v1 import peer_pb2
 
@@ -50,6 +50,16 @@ async def test_preparing_starts_one_worker_for_a_job_and_a_device():
         await pool.prepare(assignment(), name="cpu:1")
         assert pool.pid("job", "cpu:0") == first != pool.pid("job", "cpu:1")
         assert (await pool.ping("job", "cpu:0"))["pid"] == first
+
+
+def test_workers_of_one_site_are_beside_each_other_unless_a_drill_sets_them_apart():
+    def beside(name, delay_s, site="here"):
+        return _neighbour(peer_pb2.Neighbour(role="shard", name=name, key=bytes(32), delay_s=delay_s), site).beside
+
+    assert beside("here/cpu1", 0.0)
+    assert not beside("here/cpu1", 0.001)
+    assert not beside("there/cpu1", 0.0)
+    assert not beside("here/cpu1", 0.0, site=None)
 
 
 async def test_two_who_prepare_at_once_share_a_worker():

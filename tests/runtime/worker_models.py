@@ -119,8 +119,8 @@ class Crew:
             (backend, address), *_ = addresses[b].items()
             key, hello = secrets.token_bytes(32), f"{self.job}/{self.epoch[0]}/{number}".encode()
             ranks = self.plan[a].rank, self.plan[b].rank
-            ends[a].append(Neighbour(role_a, ranks[1], f"s/{b}", backend, address, key, hello, True, delay))
-            ends[b].append(Neighbour(role_b, ranks[0], f"s/{a}", backend, b"", key, hello, True, delay))
+            ends[a].append(Neighbour(role_a, ranks[1], f"s/{b}", backend, address, key, hello, True, delay, not delay))
+            ends[b].append(Neighbour(role_b, ranks[0], f"s/{a}", backend, b"", key, hello, True, delay, not delay))
         return ends
 
     async def start(self, prompt, count, *, request="r", done=(), **options) -> None:

@@ -21,8 +21,8 @@ def main() -> None:
             while True:
                 message = channel.receive(60)
                 channel.send(message.meta, message.payload, kind=message.kind)
-        elif mode == "reduce":
-            serve_reduce(channel)
+        elif mode.startswith("reduce"):
+            serve_reduce(channel, beside=mode == "reduce-beside")
         elif mode in ("idle", "leave"):
             channel.send(b"ready")
             while not channel.established:  # nothing moves unless somebody drives the fabric
@@ -36,13 +36,13 @@ def main() -> None:
     fabric.close()
 
 
-def serve_reduce(channel) -> None:
+def serve_reduce(channel, *, beside) -> None:
     import torch
 
     from transport.collectives import Group
 
     torch.set_num_threads(1)
-    group = Group(1, 2, {0: channel})
+    group = Group(1, 2, {0: channel}, beside=beside)
     while True:
         message = channel.receive(60)
         count, dtype, rounds = message.meta.decode().split()
