@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -217,6 +218,7 @@ def test_a_rank_that_gives_up_over_memory_is_an_exception_at_every_rank_at_once(
 
 
 def test_a_killed_rank_breaks_the_group_and_leaves_no_descriptor():
+    gc.collect()  # of what other tests left
     before = len(list(Path("/proc/self/fd").iterdir()))
     with Neighbour("tcp", "reduce-beside", bytes(range(32))) as neighbour:
         group = Group(0, 2, {1: neighbour.channel}, beside=True)
