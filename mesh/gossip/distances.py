@@ -84,13 +84,16 @@ class Distances:
         self, live: list[Peer], now: float, fellows: Callable[[str], int] | None = None
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         """What has changed enough to be published: key and value. `fellows(key)`: sites that have not published any."""
-        waiting = fellows(LINKS) if fellows is not None and self.links.untold else None
-        known = {peer.site: self._report(peer, now) for peer in live if peer.rtt.measured or peer.reach.broken}
-        links = self.links.changed(known, now, waiting, len(live))
-        if links is not None:
-            yield LINKS, links
+        broken = {peer.site for peer in live if peer.reach.misses and peer.reach.broken}
+        if not self.links.idle(broken.__contains__, len(live), now):
+            waiting = fellows(LINKS) if fellows is not None and self.links.untold else None
+            known = {peer.site: self._report(peer, now) for peer in live if peer.rtt.measured or peer.site in broken}
+            links = self.links.changed(known, now, waiting, len(live))
+            if links is not None:
+                yield LINKS, links
         if (
             self.coordinates.probes >= min(FIRST_PROBES, len(live)) > 0
+            and not self._pace.waits(len(live) + 1, now)
             and (self._told is None or self.coordinates.moved(self._told, MOVED_SHARE, MOVED_S))
             and self._pace.pay(COORDINATE_BYTES, len(live) + 1, now, fellows=self._waiting(fellows))
         ):

@@ -11,8 +11,9 @@ of everything each time instead, which outgrows its packet at some hundred sites
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, reduce
 from hashlib import blake2b
+from operator import xor
 
 #: Of the hash of everything. Nobody gains by forging it: whoever could, holds what it stands for.
 PRINT_BYTES = 8
@@ -83,9 +84,7 @@ class Fingerprints:
         width = LEAVES // count
         hashes = []
         for start in range(0, LEAVES, width):
-            value = 0
-            for leaf in self._leaves[start : start + width]:
-                value ^= leaf
+            value = reduce(xor, self._leaves[start : start + width])
             hashes.append((value & 0xFFFFFF).to_bytes(BUCKET_BYTES))
         return b"".join(hashes)
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from statistics import median
@@ -188,6 +188,13 @@ class Pace:
         self._since_s: float | None = None
         self._first_s = -math.inf
 
+    def waits(self, sites: int, now: float) -> bool:
+        """Whether nothing can be paid now, whatever its size. False where that is not known."""
+        if sites <= WHOLE_MATRIX or self._since_s is None:
+            return False
+        earned = max(0.0, now - self._since_s) * self._budget_bytes_s / sites
+        return now < self._first_s or self._spent > earned
+
     def pay(self, size_bytes: int, sites: int, now: float, *, urgent: bool = False, fellows: int | None = None) -> bool:
         """Pay for a document that `sites` sites publish alike, if the purse allows it; what is urgent may borrow.
 
@@ -292,6 +299,11 @@ class Links:
     def untold(self) -> bool:
         """Whether nothing was published yet."""
         return self._published is None
+
+    def idle(self, broken: Callable[[str], bool], others: int, now: float) -> bool:
+        """Whether there is no need to look for changes: none could be paid for, and no path told of broke or healed."""
+        told = self._published or {}
+        return self._pace.waits(others + 1, now) and not any(said.cut != broken(site) for site, said in told.items())
 
     def changed(
         self, reports: Mapping[str, LinkReport], now: float, fellows: int | None = None, others: int | None = None
