@@ -42,6 +42,8 @@ CONVERGED_WITHIN_S = 600.0
 WARM_S, WARM_EACH_S = 30.0, 0.05
 QUIET_S, CHANGES_S = 60.0, 30.0
 PATIENCE_S = 900.0
+#: Thresholds of the garbage collector: a mesh is millions of objects that stay, and the usual ones look at them often.
+RARELY = (100_000, 50, 50)
 #: How often it is looked whether a part is over.
 LOOK_S = 0.05
 
@@ -108,9 +110,12 @@ class _Run:
         self._grouped: dict[bool, dict[str, int]] = {}
 
     def figures(self) -> dict[str, Any]:
+        thresholds = gc.get_threshold()
+        gc.set_threshold(*RARELY)
         try:
             return self._measured(self._start())
         finally:
+            gc.set_threshold(*thresholds)
             gc.enable()
             gc.unfreeze()
 
