@@ -12,7 +12,7 @@ import math
 from typing import Final
 
 from topology.plan import Plan
-from topology.snapshot import Snapshot
+from topology.snapshot import Site, Snapshot
 
 #: Meshes with more sites than this are narrowed down, to what is left of the plan and so many sites more.
 LARGE: Final = 16
@@ -25,14 +25,13 @@ def around(snapshot: Snapshot, previous: Plan | None) -> Snapshot | None:
     """The snapshot of what is left of a plan and the sites nearest to it; None where that is no narrower."""
     if previous is None or len(snapshot.sites) <= LARGE:
         return None
-    rings = [previous.stages, *(replica.stages for replica in previous.replicas)]
-    used = {shard.site for stages in rings for stage in stages for shard in stage.shards}
+    used = {shard.site for stage in previous.stages for shard in stage.shards}
     used |= {standby.site for standby in previous.standbys}
     present = {site.name for site in snapshot.sites}
     left = used & present
     if not left:
         return _capable(snapshot)
-    others = present - left
+    others = {site.name for site in snapshot.sites if site.name not in left and _has_room(site)}
     nearest_s: dict[str, float] = {}
     for link in snapshot.links:
         if link.source in left and link.target in others and link.reachable and math.isfinite(link.rtt_s):
@@ -40,6 +39,11 @@ def around(snapshot: Snapshot, previous: Plan | None) -> Snapshot | None:
     near = heapq.nsmallest(NEAR + len(used) - len(left), nearest_s, key=lambda name: (nearest_s[name], name))
     kept = left | set(near)
     return snapshot.without(present - kept) if len(kept) < len(present) else None
+
+
+def _has_room(site: Site) -> bool:
+    """Whether any device has memory beyond its reserve."""
+    return any(device.free_bytes > device.reserve * device.memory_bytes for device in site.devices)
 
 
 def _capable(snapshot: Snapshot) -> Snapshot:

@@ -18,6 +18,7 @@ def balance(
     """
     if not layer_s or len(layer_s) > layers or min(capacity) < 1 or sum(capacity) < layers:
         return None
+    capacity = [min(most, layers - len(layer_s) + 1) for most in capacity]  # every other stage has one at least
     fastest_first = sorted(range(len(layer_s)), key=lambda i: (layer_s[i], i))
 
     def fill(limit_s: float) -> list[int] | None:

@@ -171,6 +171,7 @@ class Assembler:
         self.archive = Archive(constraints.wish)
         self.work = 0.0
         self._fits: dict[tuple[Island, str, bool, bool, int], Fit | None] = {}
+        self._like: dict[tuple[object, ...], Fit | None] = {}
         self._alike: dict[tuple[object, Path], Fit | None] = {}
         self._ladders: dict[tuple[Island, str, bool, bool], tuple[Fit, ...]] = {}
         self._rings: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
@@ -263,6 +264,11 @@ class Assembler:
     def _fit(self, island: Island, policy: str, first: bool, last: bool, layers: int = 0) -> Fit | None:
         key = (island, policy, first, last, layers)
         if key not in self._fits:
+            like = self._likeness(island) if policy != "roomy" else None  # "roomy" orders devices by their names too
+            if like is not None and (like, *key[1:]) in self._like:
+                known = self._like[like, *key[1:]]
+                self._fits[key] = known and replace(known, nodes=island)
+                return self._fits[key]
             self._fits[key] = fit(
                 self.picture,
                 self.model,
@@ -274,7 +280,17 @@ class Assembler:
                 requests=self.constraints.requests,
                 layers=layers,
             )
+            if like is not None:
+                self._like[like, *key[1:]] = self._fits[key]
         return self._fits[key]
+
+    def _likeness(self, island: Island) -> object:
+        """What the shares of an island within one site depend on; None of an island across sites."""
+        site = island[0].site
+        if any(node.site != site for node in island):
+            return None
+        figures = tuple((n.speed, n.flops, n.usable_bytes, n.pace) for n in island)
+        return figures, self.picture.path(site, site) if len(island) > 1 else None
 
     def middle(self, island: Island) -> Fit | None:
         """The island in the middle of a ring, by speed or else so that it holds most; devices alike share an answer."""
@@ -400,7 +416,7 @@ class Assembler:
     def share(self, other: Assembler) -> None:
         """Use what another assembler of the same picture, model, context and number of requests has worked out."""
         self._fits, self._rings, self._hops = other._fits, other._rings, other._hops
-        self._ladders, self._alike = other._ladders, other._alike
+        self._ladders, self._alike, self._like = other._ladders, other._alike, other._like
 
 
 def coded_bytes(model: ModelSpec, code: str) -> float:

@@ -136,8 +136,10 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
-def replicas(name: str, value: Any) -> int | str:
-    """How many rings: a whole number of at least 1, or "auto" (True says the same, False stands for 1)."""
+def replicas(name: str, value: Any) -> int | str | None:
+    """How many rings: a whole number of at least 1, or "auto" (True says the same, False stands for 1), or None."""
+    if value is None:
+        return None
     if isinstance(value, str) and value.lower() in ("auto", "true", "false"):
         return 1 if value.lower() == "false" else "auto"
     if isinstance(value, bool):

@@ -20,7 +20,7 @@
 | `context` | integer >= 1 | tokens to size KV caches for; default min(model's, 2048) |
 | `concurrency` | integer >= 1 | requests of that context whose KV caches fit at once; default 1 |
 | `standbys` | integer >= 0 | devices that hold a shard's weights beside the one that serves it; default 0 |
-| `replicas` | integer >= 1, or "auto" | rings of the model, requests are split over them; "auto": as many as help the objective; default 1 |
+| `replicas` | integer >= 1, or "auto" | rings of the model, requests are split over them; "auto": as many as help the objective. Not given: one, and with objective "throughput" several on a mesh so large that one ring cannot keep it busy |
 | `priority` | integer from -100 to 100 | a job may displace those of lower priority where nothing fits otherwise; default 0 |
 | `stages` | integer >= 1 | expert override: exactly so many pipeline stages |
 | `shards` | integer >= 1, or a list, one a stage | expert override: exactly so many tensor-parallel shards |
@@ -80,7 +80,7 @@ class Constraints:
     codes: tuple[str, ...] = ()
     concurrency: int | None = None
     standbys: int = 0
-    replicas: int | str = 1
+    replicas: int | str | None = None
     priority: int = 0
 
     def __post_init__(self) -> None:

@@ -23,6 +23,9 @@ MAX_RIVAL_SETS: Final = 64
 #: The same where the chosen plan has many sites, and each set takes long.
 FEW_RIVAL_SETS: Final = 12
 
+#: Stages of a ring whose order is not looked for again, to be compared with.
+LONG: Final = 32
+
 #: What each objective asks, in words.
 WISHES = {
     "latency": "the least predicted latency at any number of sites",
@@ -85,7 +88,8 @@ def _headline(chosen: Candidate, constraints: Constraints) -> str:
 def _rivals(search: Search, chosen: Candidate) -> list[str]:
     """The best of each other kind, near at hand: on single sites, on the chosen ones, on these with one more."""
     sites = search.picture.sites
-    sets = [chosen.sites] + [frozenset([name]) for name in sites]
+    own = [chosen.sites] if len(chosen.sites) <= FEW_RIVAL_SETS else []  # a long ring in other shapes takes too long
+    sets = own + [frozenset([name]) for name in sites]
     if len(chosen.sites) == 1:
         sets += [chosen.sites | {name} for name in sites if name not in chosen.sites]
     del sets[MAX_RIVAL_SETS if len(chosen.sites) <= FEW_RIVAL_SETS else FEW_RIVAL_SETS :]
@@ -178,7 +182,8 @@ def _ring(search: Search, chosen: Candidate) -> str:
     cost, home = (
         [[hop_s(a[0].site, b[0].site, carried) for b in islands] for a in islands] for carried in (size, TOKEN_BYTES)
     )
-    least_s = min((turn_s(cost, home, order) for order in search.assembler.rings(islands)), default=0.0)
+    orders = search.assembler.rings(islands) if len(islands) <= LONG else []
+    least_s = min((turn_s(cost, home, order) for order in orders), default=0.0)
     taken_s = sum(hop_s(a, b, size) for a, b in pairs[:-1]) + hop_s(*pairs[-1], TOKEN_BYTES)
     among = "the least found" if len(islands) > EXACT else "the least of all orders"
     praise = f", {among}" if taken_s <= least_s * (1 + 1e-9) else ""

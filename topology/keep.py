@@ -32,6 +32,8 @@ _SPLITS: Final = 3
 #: Stages of all candidates that are tried together, of either kind; and candidates at least. A user waits.
 _STAGES: Final = 600
 _LEAST: Final = 8
+#: Stages of a ring that is shared out in one way only.
+LONG: Final = 32
 
 
 def kept(search: Search, previous: Plan, best: Candidate) -> list[Candidate]:
@@ -74,6 +76,8 @@ def steadiest(
     moving_s = loaded.moving_s(best)
 
     def near(candidate: Candidate) -> bool:
+        if value(candidate, wish) > value(best, wish) * (1 + STAY + moving_s / HORIZON_S):
+            return False  # whatever it keeps
         everything = loaded.kept_bytes(candidate) >= left * (1 - 1e-9) and previous.objective == wish
         tolerance = STAY if everything else TOLERANCE
         tolerance += max(moving_s - loaded.moving_s(candidate), 0.0) / HORIZON_S
@@ -135,7 +139,13 @@ def _same_shape(old: ModelSpec, new: ModelSpec) -> bool:
 
 
 def _all(search: Search, islands: Sequence[Island], counts: Sequence[int]) -> list[Candidate | None]:
-    return [search.assembler.ordered(islands, policy, counts=counts) for policy in POLICIES]
+    """The candidate by every policy; of a long ring by the first that does, for a user waits."""
+    found = []
+    for policy in POLICIES:
+        found.append(search.assembler.ordered(islands, policy, counts=counts))
+        if len(islands) > LONG and found[-1] is not None:
+            break
+    return found
 
 
 def _stretched(islands: Sequence[Island | None], spans: Sequence[int]) -> Iterator[list[int]]:

@@ -83,7 +83,7 @@ def excess(candidate: Candidate, constraints: Constraints) -> float:
     ]
     total = math.fsum(math.log(took / limit) for took, limit in pairs if limit is not None and took > limit)
     least = constraints.min_tokens_per_s
-    if least is not None and constraints.replicas == 1 and candidate.rate < least:
+    if least is not None and constraints.replicas in (None, 1) and candidate.rate < least:
         total += math.log(least / candidate.rate)
     return total
 

@@ -73,7 +73,11 @@ def partition(
     _possible(model, wishes, context)
     # The bytes of weights that are quantised do not depend on a dtype.
     several = dtypes if model.bytes_per_parameter is None else dtypes[:1]
-    request = Request(snapshot, model, context, wishes, strategy, origin, previous, dtypes=several)
+    # Not asked how many rings: one is planned, and where that leaves a large mesh idle, several are.
+    rings, wishes = wishes.replicas, replace(wishes, replicas=wishes.replicas or 1)
+    request = Request(
+        snapshot, model, context, wishes, strategy, origin, previous, dtypes=several, several=rings is None
+    )
     solution, outcome = solve(request)
     displaces: tuple[str, ...] = ()
     if solution is None and (given_way := displace(request, running)) is not None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from topology.archive import alternatives, figures
+from topology.bounds import bounds
 from topology.candidate import Candidate, coded_bytes
-from topology.cost import TOKEN_BYTES, overhead_s
+from topology.cost import TOKEN_BYTES
 from topology.errors import megabytes, ms
 from topology.model import ModelSpec
 from topology.picture import Picture
@@ -16,6 +15,9 @@ from topology.plan import SLOT
 
 if TYPE_CHECKING:
     from topology.solve import Solution
+
+#: How much more several rings might give before it is worth a sentence.
+SEVERAL: Final = 1.25
 
 
 def bottleneck(chosen: Candidate, picture: Picture, model: ModelSpec) -> str:
@@ -47,11 +49,19 @@ def bottleneck(chosen: Candidate, picture: Picture, model: ModelSpec) -> str:
 def weighed(solution: Solution) -> list[str]:
     """The bound on any plan, the front and where the chosen plan is on it, and the next best plan."""
     search, chosen = solution.search, solution.chosen
-    least_s, most = bounds(search.picture, search.model)
+    wishes = search.constraints
+    best = bounds(search.picture, search.model, search.assembler.context, wishes.requests)
+    most, of = (best.rate, "with any number of rings ") if solution.fleet is not None else (best.ring_rate, "")
     lines = [
-        f"no plan on these devices takes less than {ms(least_s)} a token or gives more than {most:.3g} tokens/s: this "
-        f"one takes {max(chosen.token_s / least_s - 1, 0.0):.0%} more and gives {solution.rate:.3g} tokens/s"
+        f"no plan on these devices takes less than {ms(best.token_s)} a token or {of}gives more than {most:.3g} "
+        f"tokens/s: this one takes {max(chosen.token_s / best.token_s - 1, 0.0):.0%} more and gives "
+        f"{solution.rate:.3g} tokens/s, {min(solution.rate / most, 1.0):.0%} of that"
     ]
+    if wishes.wish == "throughput" and solution.fleet is None and best.rate > most * SEVERAL and wishes.replicas == 1:
+        lines.append(
+            f"that holds for one ring, which cannot keep more devices busy: with any number of rings at most "
+            f"{best.rate:.3g} tokens/s (replicas)"
+        )
     front = solution.archive.front
     if len(front) > 1:
         quick, rich = front[0], front[-1]
@@ -98,32 +108,3 @@ def besides(solution: Solution, displaces: tuple[str, ...]) -> list[str]:
     if displaces:
         lines.append(f"nothing fits beside what runs: {', '.join(displaces)} of lower priority must give way")
     return lines
-
-
-def bounds(picture: Picture, model: ModelSpec) -> tuple[float, float]:
-    """Seconds a token and tokens a second over many requests that no plan on these devices can beat.
-
-    A token reads every layer once: at best from all devices of a site at the sum of their speeds, the fastest sites
-    first and as far as their memory goes; where an island could reach across sites, from all devices of the mesh. Sites
-    that memory makes necessary are reached over the shortest hop of all. A rate is at best all devices reading at once.
-    """
-    layer = model.layer_bytes - 2 * model.row_bytes
-    every = math.fsum(node.speed for nodes in picture.nodes.values() for node in nodes)
-    sites = sorted(
-        (-sum(n.speed for n in nodes), sum(n.usable_bytes for n in nodes)) for nodes in picture.nodes.values()
-    )
-    hops_s = [path.one_way_s for (a, b), path in picture.paths.items() if a != b]
-    nearest_s = min(hops_s, default=0.0)
-    least_s = model.layers * min(overhead_s([node]) for nodes in picture.nodes.values() for node in nodes)
-    most = every / (model.layers * layer)
-    if 2 * nearest_s < layer / -sites[0][0]:
-        return model.layers * layer / every + least_s, most
-    total_s, left = least_s, model.layers
-    for speed, room in sites:
-        taken = min(left, room // layer)
-        total_s += taken * layer / -speed
-        left -= taken
-    total_s += left * layer / -sites[0][0]
-    rooms = itertools.accumulate(sorted((room for _, room in sites), reverse=True))
-    needed = next((count for count, room in enumerate(rooms, 1) if room >= model.layers * layer), 1)
-    return total_s + (needed * nearest_s if needed > 1 else 0.0), most

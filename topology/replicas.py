@@ -15,16 +15,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from topology.candidate import Candidate
+from topology.candidate import Assembler, Candidate
 from topology.constraints import Constraints
 from topology.cost import TOKEN_BYTES
+from topology.pack import Packer
 from topology.picture import Picture
-from topology.search import Search
+from topology.search import Search, is_large
 
 #: Rings that "auto" tries at most.
 MAX_RINGS: Final = 8
 #: Objectives of single rings that are tried besides the asked one, where rates count.
 WAYS: Final = ("fewest_sites", "latency", "balanced")
+
+#: Numbers of rings that are laid out side by side on a large mesh.
+PACKED: Final = (2, 3, 4, 6, 8, 12, 16, 32)
+#: How many times the rate of one ring several have to give, where nobody asked for them.
+WORTH: Final = 1.25
 
 MakeSearch = Callable[[Picture, Constraints], Search]
 
@@ -79,11 +85,19 @@ def fleet(
     `accept` may refuse rings, for example where they leave no room for standbys.
     """
     asked = wishes.replicas
-    counts = range(1, MAX_RINGS + 1) if asked == "auto" else [int(asked)]
+    counts = range(1, MAX_RINGS + 1) if asked == "auto" else [int(asked or 1)]
     rates_count = wishes.wish in ("throughput", "cost", "balanced")
     best: Fleet | None = None
+    ways = tuple(dict.fromkeys((wishes.wish, *WAYS)))
+    devices = max((len(nodes) for nodes in picture.nodes.values()), default=0)
+    if is_large(len(picture.sites), devices) and not wishes.forced:
+        # Every ring takes a search of its own here: the rings of many come from one tour over all sites instead.
+        fleet_of_all = _large(picture, wishes, make, accept)
+        if fleet_of_all is not None:
+            return fleet_of_all
+        ways = ways[:1]
     for count in counts:
-        found = [_rings(picture, wishes, way, count, make) for way in dict.fromkeys((wishes.wish, *WAYS))]
+        found = [_rings(picture, wishes, way, count, make) for way in ways]
         good = [each for each in found if each is not None]
         if count == 1 and wishes.standbys:
             good += [other for each in good for other in _smaller(each, wishes)]
@@ -98,6 +112,51 @@ def fleet(
         if (best is not None and not rates_count) or (not good and wishes.concurrency is None):
             break  # more rings do not help, or do not fit
     return best
+
+
+def packed(search: Search, counts: Sequence[int], accept: Callable[[Fleet], bool] = lambda found: True) -> Fleet | None:
+    """The best fleet of so many rings on arcs of a tour over all sites (`topology.pack`); None where none fits.
+
+    `search` looks for one ring; what it asks of that, each of the rings meets.
+    """
+    asked, best = search.constraints, None
+    if asked.max_sites is not None or asked.private or asked.forced:
+        return None
+    packer = search.packer
+    for count in counts:
+        if asked.concurrency is not None or asked.min_tokens_per_s is not None:
+            requests = None if asked.concurrency is None else -(-asked.concurrency // count)
+            each = replace(asked, min_tokens_per_s=None, concurrency=requests)
+            assembler = Assembler(search.picture, search.model, search.assembler.context, each)
+            packer = Packer(assembler, single=search.strategy == "pipeline")
+        rings = packer.rings(count)
+        if rings is None:
+            break  # still less of the mesh for each
+        rings.sort(key=lambda ring: ring.cost(asked.wish))
+        if any(ring.excess for ring in rings):
+            continue
+        own = rates(search.picture, search.model.activation_bytes, rings)
+        found = Fleet(tuple(rings), own, (search,) * count)
+        better = best is None or found.worth(asked.wish, search.picture) < best.worth(asked.wish, search.picture)
+        enough = asked.min_tokens_per_s is None or found.rate >= asked.min_tokens_per_s * (1 - 1e-12)
+        if better and enough and accept(found):
+            best = found
+    return best
+
+
+def _large(picture: Picture, wishes: Constraints, make: MakeSearch, accept: Callable[[Fleet], bool]) -> Fleet | None:
+    """The best fleet of a large mesh that one search and a tour over all sites give; None where there is none."""
+    if wishes.wish not in ("throughput", "cost", "balanced"):
+        return None
+    search = make(picture, replace(wishes, replicas=1))
+    single = search.run().best
+    several = packed(search, PACKED if wishes.replicas == "auto" else (int(wishes.replicas or 1),), accept)
+    if single is None or wishes.replicas != "auto":
+        return several
+    alone = Fleet((single,), (single.rate,), (search,))
+    if several is not None and several.worth(wishes.wish, picture) < alone.worth(wishes.wish, picture):
+        return several
+    return alone if accept(alone) else several
 
 
 def _smaller(found: Fleet, wishes: Constraints) -> list[Fleet]:

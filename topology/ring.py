@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
+import numpy as np
+
 #: Up to here every ring is listed, so that the next best one can be tried where memory forbids the best.
 LISTED: Final = 5
 #: Up to here the best ring is exact: Held-Karp takes n^2 * 2^n steps, about 15 ms at 9 in Python.
@@ -107,19 +109,21 @@ def _nearest(cost: Matrix, start: int) -> list[int]:
 def _moved(cost: Matrix, order: list[int]) -> list[int]:
     """The ring with runs of up to `RUN` stages moved to where they shorten it, until none does."""
     count = len(order)
+    table = np.array(cost)
     for _ in range(PASSES):
         improved = False
         for length in range(1, min(RUN, count - 2) + 1):
             for start in range(count):
-                turned = order[start:] + order[:start]
-                run, rest = turned[:length], turned[length:]
-                head, tail = run[0], run[-1]
-                before, after = rest[-1], rest[0]
+                before, head = order[start - 1], order[start]
+                tail, after = order[(start + length - 1) % count], order[(start + length) % count]
                 saved = cost[before][head] + cost[tail][after] - cost[before][after]
                 if saved <= 0:
                     continue
-                prices = [cost[a][head] + cost[tail][b] - cost[a][b] for a, b in itertools.pairwise(rest)]
-                place = min(range(len(prices)), key=prices.__getitem__)
+                turned = order[start:] + order[:start]
+                run, rest = turned[:length], turned[length:]
+                ways, stops = np.array(rest[:-1]), np.array(rest[1:])
+                prices = table[ways, head] + table[tail, stops] - table[ways, stops]
+                place = int(prices.argmin())
                 if prices[place] < saved - 1e-12:
                     order = rest[: place + 1] + run + rest[place + 1 :]
                     improved = True

@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final
 
 from topology.candidate import Assembler, Candidate
@@ -18,7 +19,8 @@ from topology.exact import Exact
 from topology.fold import folded_layouts
 from topology.islands import Layout, cluster_layouts, clusters, forced_clusters, forced_layouts, site_layouts
 from topology.model import ModelSpec
-from topology.picture import Picture
+from topology.pack import Packer
+from topology.picture import Node, Picture
 
 #: Sets of sites of one size that are looked at one by one; above, sets are grown from every site and improved by swaps.
 LISTED_SETS: Final = 500
@@ -36,14 +38,16 @@ LISTED_DEVICES: Final = 24
 IDLE_SIZES: Final = 3
 #: Objectives for which the exact program weighs every plan.
 PROVED: Final = ("latency", "first_token", "throughput")
-#: Objectives in which a rate counts; and sites that sets are grown from for them.
+#: Objectives in which a rate counts; and multiples of the least pace of a ring that are tried where latency does too.
 RATES: Final = ("throughput", "balanced", "cost")
-BROAD_STARTS: Final = 3
-BROAD_WORK: Final = 700
+PACES: Final = (1.0, 1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 8.0, 16.0)
+QUICK_WORK: Final = 700
 #: Share of the work that is spent on a large mesh, where much is done besides (measured: 1,000 devices within 5 s).
 LARGE_SHARE: Final = 0.4
 #: Layouts of a site of a large mesh that are all looked at.
 KEPT_LAYOUTS: Final = 6
+#: Work spent on other plans where a ring for throughput is found already.
+COMPARED: Final = 1_500
 #: Seconds of a unit of work.
 WORK_S: Final = 1e-4
 
@@ -57,6 +61,11 @@ class Outcome:
     best: Candidate | None
     fastest: Candidate | None
     cut_short: bool
+
+
+def is_large(sites: int, devices: int) -> bool:
+    """Whether a mesh of so many sites, of so many devices at most, is too large to look at everything."""
+    return sites > LISTED_SITES or devices > LISTED_DEVICES
 
 
 class Search:
@@ -74,14 +83,13 @@ class Search:
         like: Search | None = None,
     ) -> None:
         """`like`: a search of the same picture and request for another objective, whose preparations are used."""
-        devices = max((len(nodes) for nodes in picture.nodes.values()), default=0)
-        self._large = len(picture.sites) > LISTED_SITES or devices > LISTED_DEVICES
-        self._max_work = max_work * LARGE_SHARE if self._large else max_work
+        self.large = is_large(len(picture.sites), max((len(nodes) for nodes in picture.nodes.values()), default=0))
+        self._max_work = max_work * LARGE_SHARE if self.large else max_work
         self.proved: tuple[object, ...] = ()  # the identity of the plan that was proved to be the best of all
         self.picture, self.model, self.constraints, self.strategy = picture, model, constraints, strategy
         self.assembler = Assembler(picture, model, context, constraints)
         self._found: dict[frozenset[str], Candidate | None] = {}
-        self._needed = model.layers if self._large else self.assembler.least_bytes
+        self._needed = model.layers if self.large else self.assembler.least_bytes
         self._layouts: dict[str, Block]
         self._clusters: dict[frozenset[str], Block]
         self._room: dict[str, int]
@@ -89,8 +97,8 @@ class Search:
             self.assembler.share(like.assembler)
             self._layouts, self._clusters, self._room = like._layouts, like._clusters, like._room
             return
-        self._few: dict[tuple[object, ...], list[int]] = {}
-        self._layouts = {name: self._fewer(name, self._site(name)) for name in picture.sites}
+        self._few: dict[tuple[object, ...], list[tuple[list[list[int]], bool]]] = {}
+        self._layouts = {name: self._block(name) for name in picture.sites}
         self._clusters = self._near()
         self._room = {name: self._holds(name) for name in picture.sites}
 
@@ -107,6 +115,8 @@ class Search:
         for broad in self._broad():
             if self.meets(broad) and (best is None or broad.cost(wish) < best.cost(wish)):
                 best = broad
+        if best is not None and self.large and wish == "throughput":  # sets of few sites are only to be compared with
+            self._max_work = min(self._max_work, self.assembler.work + COMPARED)
         idle = 0
         for size in range(1, self._most_sites() + 1):
             before, any_fits = best, False
@@ -129,32 +139,20 @@ class Search:
         return Outcome(best, fastest, self.exhausted)
 
     def _broad(self) -> Iterator[Candidate]:
-        """On a large mesh, for a rate: ever more sites around the fastest, each with the layout of the highest rate."""
-        if not self._large or self.constraints.forced or self.constraints.wish not in RATES:
+        """On a large mesh, for a rate: rings over as many sites as a pace needs, the least first (`topology.pack`)."""
+        asked = self.constraints
+        if not self.large or asked.forced or asked.private or asked.wish not in RATES:
             return
-        if self._max_work < BROAD_WORK:
-            return  # a job that lost a site goes on with what it has before it looks for more
-        pace = {name: max(map(self._gain, block)) for name, block in self._layouts.items()}
-        starts = sorted(pace, key=lambda name: (-pace[name], name))[:BROAD_STARTS]
-        rooms = sorted(self._room.values(), reverse=True)
-        size = 2
-        while size <= self._most_sites() and not self.exhausted:
-            for start in starts:
-                names = self._grow(start, size, rooms)
-                if names is not None:
-                    quota = max(self.model.layers // size, 1)
-                    blocks = [self._layouts[name] for name in sorted(names)]
-                    within = [[x for x in block if len(x.islands) <= quota] or list(block) for block in blocks]
-                    layouts = [max(block, key=self._gain) for block in within]
-                    candidate = self._assemble(layouts)
-                    if candidate is not None:
-                        yield candidate
-            size *= 2
+        if self.strategy == "tensor_parallelism":
+            return
+        quick = self._max_work < QUICK_WORK  # a user waits for a job that lost a site
+        paces = (1.0,) if asked.wish == "throughput" else PACES[::4] if quick else PACES
+        yield from self.packer.rings_of(self.picture.sites, paces=paces)
 
-    def _gain(self, layout: Layout) -> float:
-        """Layers a second that its islands compute side by side."""
-        fits = [self.assembler.middle(island) for island in layout.islands]
-        return sum(1 / (each.layer_s + each.layer_network_s) for each in fits if each is not None)
+    @cached_property
+    def packer(self) -> Packer:
+        """What sites carry at a pace."""
+        return Packer(self.assembler, single=self.strategy == "pipeline")
 
     def _proved(self) -> list[Candidate]:
         """Candidates of the exact program, where the mesh is small enough and the question is one it can answer.
@@ -273,7 +271,7 @@ class Search:
         return best
 
     def _roominess(self, layout: Layout) -> tuple[int, int]:
-        room = self._layers(layout) if self._large else layout.usable_bytes
+        room = self._layers(layout) if self.large else layout.usable_bytes
         return room, -len(layout.islands)
 
     def _site(self, name: str) -> Block:
@@ -284,31 +282,43 @@ class Search:
         twice = folded_layouts(nodes, self.model, self.strategy) if folded else []
         return (*site_layouts(nodes, self.model, self.strategy), *twice)
 
-    def _fewer(self, name: str, block: Block) -> Block:
-        """On a large mesh the layouts that may matter: the fastest, the roomiest, and the fastest of the roomy ones.
+    def _block(self, name: str) -> Block:
+        """A site's layouts; on a large mesh those that may matter, which are worked out once for sites that are alike.
 
-        Sites with the same devices and the same network inside have the same.
+        Alike are sites with the same devices and the same network inside.
         """
-        if not self._large or self.constraints.forced or len(block) <= KEPT_LAYOUTS:
-            return block
+        folded = name == self.picture.origin and self.constraints.private
+        if not self.large or self.constraints.forced or folded:
+            return self._site(name)
         nodes = self.picture.nodes[name]
-        alike = tuple((node.speed, node.flops, node.usable_bytes) for node in nodes)
-        key = (alike, self.picture.path(name, name), len(block))
+        alike = tuple((node.speed, node.flops, node.usable_bytes, node.pace) for node in nodes)
+        key = (alike, self.picture.path(name, name))
         if key not in self._few:
-            figures = [(*self._roughly(layout), index) for index, layout in enumerate(block)]
-            able = [entry for entry in figures if entry[0]] or figures
-            most = max(layers for layers, _, _ in able)
-            kept = {index for index, layout in enumerate(block) if layout.widest}
-            kept.add(min((index for index, layout in enumerate(block) if layout.alone), default=0))
-            kept.add(min(able, key=lambda entry: (entry[1], entry[2]))[2])
-            kept.add(min(able, key=lambda entry: (-entry[0], entry[1], entry[2]))[2])
-            for part in (0.9, 0.75, 0.5):
-                roomy = [entry for entry in able if entry[0] >= part * most]
-                kept.add(min(roomy, key=lambda entry: (entry[1], entry[2]))[2])
-            alone = [all(len(island) == 1 for island in layout.islands) for layout in block]
-            kept.update(i for i, layout in enumerate(block) if alone[i] and len(layout.islands) == len(nodes))
-            self._few[key] = sorted(kept)
-        return tuple(block[index] for index in self._few[key])
+            place = {node.key: index for index, node in enumerate(nodes)}
+            few = self._fewer(nodes, self._site(name))
+            self._few[key] = [([[place[n.key] for n in island] for island in x.islands], x.widest) for x in few]
+        return tuple(
+            Layout(tuple(tuple(nodes[index] for index in island) for island in islands), widest)
+            for islands, widest in self._few[key]
+        )
+
+    def _fewer(self, nodes: Sequence[Node], block: Block) -> Block:
+        """The fastest layout, the roomiest, the fastest of the roomy ones, and those that an answer must speak of."""
+        if len(block) <= KEPT_LAYOUTS:
+            return block
+        figures = [(*self._roughly(layout), index) for index, layout in enumerate(block)]
+        able = [entry for entry in figures if entry[0]] or figures
+        most = max(layers for layers, _, _ in able)
+        kept = {index for index, layout in enumerate(block) if layout.widest}
+        kept.add(min((index for index, layout in enumerate(block) if layout.alone), default=0))
+        kept.add(min(able, key=lambda entry: (entry[1], entry[2]))[2])
+        kept.add(min(able, key=lambda entry: (-entry[0], entry[1], entry[2]))[2])
+        for part in (0.9, 0.75, 0.5):
+            roomy = [entry for entry in able if entry[0] >= part * most]
+            kept.add(min(roomy, key=lambda entry: (entry[1], entry[2]))[2])
+        alone = [all(len(island) == 1 for island in layout.islands) for layout in block]
+        kept.update(i for i, layout in enumerate(block) if alone[i] and len(layout.islands) == len(nodes))
+        return tuple(block[index] for index in sorted(kept))
 
     def _roughly(self, layout: Layout) -> tuple[int, float]:
         """Layers that fit, and mean seconds of one where all is full, as if islands could be cut anywhere."""
@@ -321,7 +331,7 @@ class Search:
 
     def _holds(self, name: str) -> int:
         """What a site can take of the model: bytes; on a large mesh layers, for whole layers fill memory badly."""
-        if not self._large:
+        if not self.large:
             return sum(node.usable_bytes for node in self.picture.nodes[name])
         return max((self._layers(layout) for layout in self._layouts[name]), default=0)
 

@@ -20,7 +20,7 @@ from topology.model import ModelSpec
 from topology.picture import Picture, look
 from topology.plan import Plan, Standby, device_of
 from topology.prefer import already_there
-from topology.replicas import Fleet, fleet
+from topology.replicas import PACKED, WORTH, Fleet, fleet, packed
 from topology.search import MAX_WORK, Outcome, Search
 from topology.snapshot import Snapshot
 from topology.standby import place
@@ -35,7 +35,8 @@ class Request:
     """All that a plan depends on. `constraints` are parsed, `model` is checked.
 
     `dtypes` are those that devices may hold weights in, the model's first; none or one: all hold the model's.
-    `keep_reserve`: try to leave the reserve of every device free, before it is used.
+    `keep_reserve`: try to leave the reserve of every device free, before it is used. `several`: for throughput more
+    rings than one may be taken where one leaves a large mesh idle.
     """
 
     snapshot: Snapshot
@@ -47,6 +48,7 @@ class Request:
     previous: Plan | None = None
     keep_reserve: bool = True
     dtypes: tuple[str, ...] = ()
+    several: bool = False
 
     def search(
         self, picture: Picture, constraints: Constraints, max_work: float = MAX_WORK, like: Search | None = None
@@ -128,7 +130,28 @@ def _on(
     outcome = search.run()
     if spent is not None:
         spent.append(search.assembler.work)
-    return (None if outcome.best is None else _single(request, search, outcome.best)), outcome
+    if outcome.best is None:
+        return None, outcome
+    several = _several(request, search, outcome.best)
+    return (_single(request, search, outcome.best) if several is None else several), outcome
+
+
+def _several(request: Request, search: Search, best: Candidate) -> Solution | None:
+    """Several rings, for throughput on a large mesh, where they give clearly more than the best single one."""
+    wishes = search.constraints
+    if not (request.several and search.large and wishes.wish == "throughput" and request.previous is None):
+        return None
+    found = packed(search, PACKED)
+    if found is None or found.rate < WORTH * best.rate:
+        return None
+    solution = _with_rings(request, search.picture, wishes, found)
+    if solution is None:
+        return None
+    line = (
+        f"one ring would give {best.rate:.3g} tokens/s: its {len(best.fits)} stages on {len(best.sites)} sites keep no "
+        f"more devices busy; replicas=1 asks for it"
+    )
+    return replace(solution, extra=(line,))
 
 
 def _with_dtypes(
