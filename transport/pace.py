@@ -11,11 +11,16 @@ from __future__ import annotations
 
 #: The queue that is sought, and the one that is too much. A token may be late by 5 ms; a part of that is for bursts.
 _LOW_S, _HIGH_S = 1.5e-3, 3.5e-3
-#: A step faster: 1 % a round trip, doubling up to 25 % while the link shows no limit (BBR probes by 25 %).
+#: A step faster: 1 % a round trip, growing up to 25 % while the link shows no limit (BBR probes by 25 %).
 _STEP, _LARGEST_STEP = 0.01, 0.25
+#: Close to a limit that was seen not long ago, steps are small: what a step puts into the queue in the two round trips
+# until its effect is seen must stay well below 5 ms, and 0.5 % of 200 ms is 1 ms.
+_CLOSE, _CLOSE_STEP = 0.93, 0.005
 #: Of the delivered rate, once its limit is known.
 _SHARE = 0.97
 _DEEPEST_CUT = 0.4
+#: The same where the queue is short.
+_EASE = 0.985
 #: Where to begin: nothing known; of the best known.
 _START_RATE, _START_SHARE = float(1 << 20), 0.8
 _FLOOR_SHARE = 0.5
@@ -36,6 +41,8 @@ class Pace:
         self._wait_until = 0.0
         self._step = _STEP
         self._draining = False
+        #: What the link was seen to carry when it had a queue, and when.
+        self._limit = self._limit_at = 0.0
 
     def reset(self) -> None:
         """Nobody waits for small messages any more: no limit. What the link delivered is remembered."""
@@ -60,12 +67,15 @@ class Pace:
         if now - self._best_at > _FORGET_S or self._usual > self._best:
             self._best, self._best_at = self._usual, now
         queue_s = rtt_s - least_rtt_s
+        if now - self._limit_at > _FORGET_S:
+            self._limit = 0.0
         if now < self._wait_until:
             return
         if queue_s > _HIGH_S:
             # What is delivered while there is a queue is what the link can carry.
             carried = delivered if not self._draining else max(delivered, self._delivered)
             self._delivered = carried
+            self._limit, self._limit_at = self._usual if self._limit else carried, now
             cut = min(_DEEPEST_CUT, (queue_s - _LOW_S) / max(least_rtt_s, 0.01))
             self._set(carried * (_SHARE - cut))
             self._draining = True
@@ -78,11 +88,17 @@ class Pace:
             self._wait_until = now + rtt_s
         elif self.rate is not None and queue_s < _LOW_S:
             if delivered > 0.7 * self.rate:  # else it is the sender, or its windows, that are the limit
-                self._set(self.rate * (1 + self._step))
-                self._step = min(_LARGEST_STEP, self._step * 1.5)
+                close = self._limit > 0 and self.rate > _CLOSE * self._limit
+                self._set(self.rate * (1 + (_CLOSE_STEP if close else self._step)))
+                self._step = _STEP if close else min(_LARGEST_STEP, self._step * 1.5)
             self._wait_until = now + least_rtt_s
         else:
             self._step = _STEP
+            if self.rate is not None and queue_s >= _LOW_S and self._limit > 0:
+                # Not much of a queue, but it would grow: a little less than what passes.
+                self._set(min(self.rate, _EASE * self._usual))
+                self._limit_at = now
+                self._wait_until = now + rtt_s + least_rtt_s / 2
 
     def _set(self, rate: float) -> None:
         self.rate = max(rate, _FLOOR_SHARE * self._best, _LEAST_RATE)

@@ -109,6 +109,7 @@ class Helper:
         self.what = what
         self.pid = 0
         self.uses = 0
+        self.doomed = False
         self._stream = stream
         self._rest = b""
 
@@ -136,6 +137,7 @@ class Helper:
 
     def signal(self, number: int) -> None:
         """Send it a signal."""
+        self.doomed = self.doomed or number == signal.SIGKILL
         try:
             os.kill(self.pid, number)
         except ProcessLookupError:

@@ -127,6 +127,8 @@ class Meetings:
             outcome = f"wrong: {error}"
         except trio.TooSlowError:
             outcome = "wrong: an end hangs"
+        except Exception as error:
+            outcome = f"wrong: {type(error).__name__}: {error}"
         took_s = time.monotonic() - began
         halted_s = max((length for at, length in self._gaps if at + length >= began), default=0.0)
         over_s = limits.over_s - halted_s
@@ -265,7 +267,7 @@ class Meetings:
         sound = False
         try:
             yield helper
-            sound = _alive(helper.pid)
+            sound = not helper.doomed
         finally:
             if sound:
                 self._pool.give(helper)
@@ -366,13 +368,6 @@ def run(backend: str, count: int, seed: int) -> dict[str, Any]:
     if backend == "memory":
         return in_memory(count, seed)
     return trio.run(functools.partial(_processes, backend, count, seed))
-
-
-def _alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def _resident_kib() -> int:
