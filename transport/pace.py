@@ -14,8 +14,8 @@ _LOW_S, _HIGH_S = 1.5e-3, 3.5e-3
 #: A step faster: 1 % a round trip, growing up to 25 % while the link shows no limit (BBR probes by 25 %).
 _STEP, _LARGEST_STEP = 0.01, 0.25
 #: Close to a limit that was seen not long ago, steps are small: what a step puts into the queue in the two round trips
-# until its effect is seen must stay well below 5 ms, and 0.5 % of 200 ms is 1 ms.
-_CLOSE, _CLOSE_STEP = 0.93, 0.005
+#: until its effect is seen must stay well below 5 ms, and 0.5 % of 200 ms is 1 ms.
+_CLOSE, _BEYOND, _CLOSE_STEP = 0.93, 1.02, 0.005
 #: Of the delivered rate, once its limit is known.
 _SHARE = 0.97
 _DEEPEST_CUT = 0.4
@@ -73,9 +73,11 @@ class Pace:
             return
         if queue_s > _HIGH_S:
             # What is delivered while there is a queue is what the link can carry.
-            carried = delivered if not self._draining else max(delivered, self._delivered)
+            carried = self._believed(delivered)
+            if self._draining:
+                carried = max(carried, self._delivered)
             self._delivered = carried
-            self._limit, self._limit_at = self._usual if self._limit else carried, now
+            self._limit, self._limit_at = max(self._best, carried), now
             cut = min(_DEEPEST_CUT, (queue_s - _LOW_S) / max(least_rtt_s, 0.01))
             self._set(carried * (_SHARE - cut))
             self._draining = True
@@ -88,7 +90,7 @@ class Pace:
             self._wait_until = now + rtt_s
         elif self.rate is not None and queue_s < _LOW_S:
             if delivered > 0.7 * self.rate:  # else it is the sender, or its windows, that are the limit
-                close = self._limit > 0 and self.rate > _CLOSE * self._limit
+                close = _CLOSE * self._limit < self.rate < _BEYOND * self._limit
                 self._set(self.rate * (1 + (_CLOSE_STEP if close else self._step)))
                 self._step = _STEP if close else min(_LARGEST_STEP, self._step * 1.5)
             self._wait_until = now + least_rtt_s
@@ -99,6 +101,10 @@ class Pace:
                 self._set(min(self.rate, _EASE * self._usual))
                 self._limit_at = now
                 self._wait_until = now + rtt_s + least_rtt_s / 2
+
+    def _believed(self, delivered: float) -> float:
+        """One look may be too high by a tenth, and a rate above the link fills the queue until it is noticed."""
+        return delivered if not self._limit else min(delivered, self._usual)
 
     def _set(self, rate: float) -> None:
         self.rate = max(rate, _FLOOR_SHARE * self._best, _LEAST_RATE)

@@ -155,6 +155,8 @@ class BulkStream:
             self._bundle.refused(self)
 
     def _advance(self) -> bool:
+        if self._sock.fileno() < 0:
+            return False  # closed with its pipe since the selector was asked
         if self._connect_by is not None and not self._connected():
             return False
         moved = self._read()

@@ -57,7 +57,7 @@ from transport.trio_shell import Driver, open_driver
 #: What a neighbour may take beside the time on the wire, here; and what an end may be late by on a busy machine.
 PATIENCE_S, LATE_S = 1.0, 3.0
 #: A meeting that is not over by then hangs: its longest deadline is that of 4 MB at the least rate, 33 s.
-_HANG_S = 60.0
+_HANG_S = 40.0
 _AT_ONCE, _BATCH = 24, 500
 #: When after its beginning a fault strikes, and after how many bytes, as a power of ten.
 _STRIKES_S, _STRIKES_DIGITS = 0.015, 6.5
@@ -103,8 +103,9 @@ class Meetings:
         self.over_s = self.slowest_s = 0.0
         self._backend, self._pool, self._driver = backend, pool, driver
         self._gaps: list[tuple[float, float]] = []
-        self._payloads: list[bytes] = []
+        self._held = 0
         self._far: dict[int, int] = {}
+        self._doing: dict[int, str] = {}
 
     def draw(self, seed: int) -> Case:
         """The case of this number."""
@@ -121,14 +122,18 @@ class Meetings:
         began = time.monotonic()
         limits = Limits()
         try:
+            outcome = ""
             with trio.fail_after(_HANG_S):
                 outcome = await self._meet(case, limits)
+            if not outcome:  # what is open below swallows the cancellation that its own end makes
+                raise trio.TooSlowError
         except Wrong as error:
             outcome = f"wrong: {error}"
         except trio.TooSlowError:
-            outcome = "wrong: an end hangs"
+            outcome = f"wrong: {self._doing.get(case.seed)} hangs"
         except Exception as error:
-            outcome = f"wrong: {type(error).__name__}: {error}"
+            outcome = f"wrong: {_leaves(error)}"
+        self._doing.pop(case.seed, None)
         took_s = time.monotonic() - began
         halted_s = max((length for at, length in self._gaps if at + length >= began), default=0.0)
         over_s = limits.over_s - halted_s
@@ -181,6 +186,8 @@ class Meetings:
                     victim.signal(blow)
 
             outcome = ""
+            answers: dict[Helper, dict[str, Any]] = {}
+            self._doing[case.seed] = "this end"
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(strike)
                 if case.work != "collective":
@@ -190,12 +197,15 @@ class Meetings:
                     for name in own.values():
                         second.pop(name, None)
                     await ends[1].say(second)
-                    await ends[1].hear(_HANG_S)
+                    early = await ends[1].hear(_HANG_S)
+                    if early is not None and "outcome" in early:  # the other end was gone before this one came
+                        answers[ends[1]] = early
             said = [outcome] if outcome else []
             for end in sorted(ends, key=lambda each: each is victim):
                 if end is victim and stopped:  # the other one has ended by its own deadlines
                     victim.signal(signal.SIGCONT)
-                answer = await end.hear(_HANG_S)
+                self._doing[case.seed] = f"end {ends.index(end)} after {said}"
+                answer = answers.get(end) or await end.hear(_HANG_S)
                 if answer is None:
                     said.append("killed")
                     continue
@@ -220,25 +230,29 @@ class Meetings:
         except TransportError as error:
             return type(error).__name__
         outcome = "cancelled"
+        payloads: list[bytes] = []
         with trio.CancelScope() as scope:
             if case.fault == "cancel":
                 scope.deadline = trio.current_time() + strike_s
-            outcome = await self._talk(case, channel, limits)
+            outcome = await self._talk(case, channel, limits, payloads)
         if outcome == "delivered":
             channel.close()
         else:
             channel.abort()
         self._driver.fabric.wake()
+        if outcome != "delivered" and _held(payloads):
+            gc.collect()
+            self._held += _held(payloads)
         return outcome
 
-    async def _talk(self, case: Case, channel: Channel, limits: Limits) -> str:
+    async def _talk(self, case: Case, channel: Channel, limits: Limits, payloads: list[bytes]) -> str:
         seen: set[int] = set()
         found = "delivered"
 
         async def send() -> None:
             for index in range(COUNT):
                 data = payload(case.seed, "near", index, case.work)
-                self._payloads.append(data)
+                payloads.append(data)
                 began, allowed_s = time.monotonic(), channel.allowance_s(len(data))
                 try:
                     await self._driver.send(channel, b"%d" % index, data, bulk=case.work == "bulk")
@@ -302,14 +316,11 @@ class Meetings:
             await trio.sleep(0.03)
         await trio.sleep(0.1)
         gc.collect()
-        # An entry of the list, the loop's variable, and the argument: whoever else holds it has not let go.
-        held = sum(sys.getrefcount(data) > 3 for data in self._payloads if data)
-        self._payloads.clear()
         return {
             "pipes": len(pipes),
             "tasks": trio.lowlevel.current_statistics().tasks_living,
             "descriptors": descriptors() - self._pool.open,
-            "payloads": held,
+            "payloads": self._held,
             "kib": _resident_kib(),
         }
 
@@ -368,6 +379,17 @@ def run(backend: str, count: int, seed: int) -> dict[str, Any]:
     if backend == "memory":
         return in_memory(count, seed)
     return trio.run(functools.partial(_processes, backend, count, seed))
+
+
+def _held(payloads: list[bytes]) -> int:
+    """How many of them somebody else still has: the list, the loop's variable and the argument are three."""
+    return sum(sys.getrefcount(data) > 3 for data in payloads if data)
+
+
+def _leaves(error: BaseException) -> str:
+    if isinstance(error, BaseExceptionGroup):
+        return "; ".join(_leaves(each) for each in error.exceptions)
+    return f"{type(error).__name__}: {error}"
 
 
 def _resident_kib() -> int:

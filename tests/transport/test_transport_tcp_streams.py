@@ -118,3 +118,12 @@ def test_a_stranger_cannot_join_a_pipe_it_has_no_name_of(far_pair):
             except TimeoutError:
                 assert time.monotonic() < deadline
     assert not streams(far)
+
+
+def test_a_stream_that_closed_since_the_selector_was_asked_is_passed_over(far_pair):
+    near, far = far_pair
+    near.send(b"", bytes(8 << 20), bulk=True)
+    until(lambda: streams(near), near.fabric, far.fabric)
+    closed = list(streams(near))
+    near.abort()
+    assert not any(stream._advance() for stream in closed)
