@@ -67,6 +67,7 @@ class Bad:
 
     async def _pump(self, source: trio.SocketStream, target: trio.SocketStream, way: int) -> None:
         try:
+            data: bytes | bytearray
             while data := await source.receive_some(1 << 18):
                 if not self.happened and way == self._way:
                     self._passed += len(data)
