@@ -25,7 +25,9 @@ WHAT = tuple(
 )
 
 #: Bytes that one measurement moves, and all-reduces of it at most.
-_BYTES, _MOST = 30_000_000, 300
+_BYTES, _MOST, _GLOO_MOST = 30_000_000, 300, 50
+#: Over which channels gloo's processes have met, which it does not use.
+GLOO = ("tcp", False)
 
 
 def rows(options: Options) -> Iterator[Row]:
@@ -43,14 +45,15 @@ def rows(options: Options) -> Iterator[Row]:
         if not ours and not options.wants(gloo):
             continue
         with ExitStack() as stack:
-            others = stack.enter_context(open_ranks("tcp", ranks, seal=False))
-            groups = {
-                what: stack.enter_context(open_ranks("tcp" if backend == SHARED else backend, ranks, seal=seal))
-                for what, backend, seal in ours
-            }
+            # Loading torch takes longer than measuring: processes are shared by whoever uses the same channels.
+            kinds = {GLOO, *((_messages(backend), seal) for _, backend, seal in ours)}
+            processes = {kind: stack.enter_context(open_ranks(kind[0], ranks, seal=kind[1])) for kind in kinds}
+            groups = {what: processes[_messages(backend), seal] for what, backend, seal in ours}
             port = _free_port()
             for size in QUICK if options.quick else SIZES:
-                contenders = [_contender(gloo, others, f"gloo {size} {_count(size)} {port}", size, None)]
+                contenders = [
+                    _contender(gloo, processes[GLOO], f"gloo {size} {_count(size, _GLOO_MOST)} {port}", size, None)
+                ]
                 contenders += [
                     _contender(what, group, f"reduce {size} {_count(size)} {int(SHARED in what)}", size, gloo)
                     for what, group in groups.items()
@@ -66,8 +69,12 @@ def _contender(what: str, ranks: Ranks, task: str, size: int, raw: str | None) -
     return Contender(what, measure, raw)
 
 
-def _count(size: int) -> int:
-    return max(3, min(_MOST, _BYTES // size))
+def _messages(backend: str) -> str:
+    return "tcp" if backend == SHARED else backend
+
+
+def _count(size: int, most: int = _MOST) -> int:
+    return max(3, min(most, _BYTES // size))
 
 
 def _free_port() -> int:

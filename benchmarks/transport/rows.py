@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 
@@ -48,6 +48,17 @@ class Row:
     gb_per_s: float | None
     us_per_message: float | None
     ratio_to_raw: float | None
+
+    def whole(self) -> Row:
+        """With what follows from the rest: a rate from a time, a time from a rate, and 1 where it is itself the raw."""
+        rate, us = self.gb_per_s, self.us_per_message
+        if rate is None and us:
+            rate = self.size / us / 1e3
+        if us is None and rate:
+            us = self.size / rate / 1e3
+        return replace(
+            self, gb_per_s=rate, us_per_message=us, ratio_to_raw=1.0 if self.ratio_to_raw is None else self.ratio_to_raw
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As a JSON object, with four significant digits."""

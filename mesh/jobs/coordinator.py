@@ -133,6 +133,11 @@ class Coordinator:
         """Tokens given by this ring and its replicas."""
         return sum(serving.tokens_total for serving in self._servings())
 
+    @property
+    def code_rms(self) -> float:
+        """The largest error of lossy codes in this ring and its replicas: see `Serving.code_rms`."""
+        return max(serving.code_rms for serving in self._servings())
+
     def close(self) -> None:
         """Take no more requests on."""
         for serving in self._servings():

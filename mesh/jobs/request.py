@@ -80,6 +80,8 @@ class Timeline:
     compute_s: float = 0.0
     network_s: float = 0.0
     waiting_s: float = 0.0
+    code_rms: float = 0.0
+    code_worst: float = 0.0
 
     def token(self, now: float) -> None:
         """Note the arrival of one token."""
@@ -90,16 +92,18 @@ class Timeline:
         self.last = now
 
     def add(self, timings: bytes) -> None:
-        """Add what a worker measured of one turn: msgpack of {"compute_s", "network_s", "waiting_s"}."""
+        """Add what a worker measured of one turn: msgpack of `mesh.runtime.protocol.TokenEvent.timings`."""
         if not timings:
             return
         measured = msgpack.unpackb(timings)
         self.compute_s += float(measured.get("compute_s", 0.0))
         self.network_s += float(measured.get("network_s", 0.0))
         self.waiting_s += float(measured.get("waiting_s", 0.0))
+        self.code_rms = max(self.code_rms, float(measured.get("code_rms", 0.0)))
+        self.code_worst = max(self.code_worst, float(measured.get("code_worst", 0.0)))
 
     def summary(self, tokens: int) -> dict[str, float]:
-        """Seconds and tokens per second, as the client gets them."""
+        """Seconds and tokens per second, as the client gets them; and the errors of lossy codes, where there were."""
         first, last = self.first or self.started, self.last or self.started
         decode_s = last - first
         return {
@@ -110,6 +114,7 @@ class Timeline:
             "compute_s": self.compute_s,
             "network_s": self.network_s,
             "waiting_s": self.waiting_s,
+            **({"code_rms": self.code_rms, "code_worst": self.code_worst} if self.code_rms else {}),
         }
 
 

@@ -30,6 +30,8 @@ class Serving:
 
     def __init__(self, job: Job, view: View, suspect: Callable[[str, str], None]) -> None:
         self.tokens_total = 0
+        #: The largest error, root mean square, that lossy codes were seen to make of hidden states; 0 without codes.
+        self.code_rms = 0.0
         #: Set while the peer leaves: what is live is finished, nothing more is taken on.
         self.closing = False
         self._job = job
@@ -62,6 +64,7 @@ class Serving:
         request = self._requests.get(event.request)
         if request is not None and request.accept(event):
             self.tokens_total += 1
+            self.code_rms = max(self.code_rms, request.timeline.code_rms)
 
     def wake(self) -> None:
         """The job has ended: let every request find out."""

@@ -59,6 +59,10 @@ class Observer(Protocol):
         """Recoveries of jobs this site owns, since the daemon started."""
         ...
 
+    def code_errors(self) -> Mapping[str, float]:
+        """The largest error that lossy codes were seen to make, relative to what was sent, by job owned here."""
+        ...
+
     def gossip_refused_total(self) -> Mapping[str, int]:
         """What gossip refused, by kind (`mesh.gossip.sealing.REFUSALS`), since the daemon started."""
         ...
@@ -98,6 +102,12 @@ class _PeerCollector(Collector):
         yield jobs
         yield CounterMetricFamily("isthmus_tokens", "Tokens generated.", value=observer.tokens_total())
         yield CounterMetricFamily("isthmus_recoveries", "Recoveries of jobs.", value=observer.recoveries_total())
+        coded = GaugeMetricFamily(
+            "isthmus_code_error_ratio", "Largest measured error of a job's lossy codes (rms over rms).", labels=["job"]
+        )
+        for job, rms in sorted(observer.code_errors().items()):
+            coded.add_metric([job], rms)
+        yield coded
         refused = CounterMetricFamily("isthmus_gossip_refused", "What gossip refused.", labels=["kind"])
         for kind, count in sorted(observer.gossip_refused_total().items()):
             refused.add_metric([kind], count)

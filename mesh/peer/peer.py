@@ -149,6 +149,7 @@ class Peer:
                     "state": c.job.state,
                     "owner": self.site,
                     "epoch": c.job.counter,
+                    **({"code_rms": c.code_rms} if c.code_rms else {}),
                 }
                 for c in self._ledger
             ],
@@ -165,6 +166,10 @@ class Peer:
     def jobs(self) -> Mapping[str, str]:
         """State by job, of the jobs this site owns."""
         return {coordinator.job.id: coordinator.job.state for coordinator in self._ledger}
+
+    def code_errors(self) -> Mapping[str, float]:
+        """The error of lossy codes by job owned here, of jobs that use one."""
+        return {coordinator.job.id: coordinator.code_rms for coordinator in self._ledger if coordinator.code_rms}
 
     def rtts_s(self) -> Mapping[str, float]:
         """Least measured round trip by site."""

@@ -46,7 +46,8 @@ class Sampling(NamedTuple):
 class Step(NamedTuple):
     """`length` positions of request `number` from `position` on; their hidden states (or token ids) are the payload.
 
-    `draw`: the last stage draws a token after it. `compute_s` and `network_s` are the sums of the stages before.
+    `draw`: the last stage draws a token after it. `compute_s` and `network_s` are the sums of the stages before;
+    `code_rms` and `code_worst` the largest errors that lossy codes were last seen to make there (`codes.CodeError`).
     """
 
     number: int
@@ -56,6 +57,8 @@ class Step(NamedTuple):
     compute_s: float
     network_s: float
     sampling: Sampling | None = None
+    code_rms: float = 0.0
+    code_worst: float = 0.0
 
     def encode(self) -> bytes:
         """The frame's meta."""
@@ -70,7 +73,7 @@ class Step(NamedTuple):
             if not isinstance(step.sampling, list) or len(step.sampling) != len(Sampling._fields):
                 raise ProtocolError("ring frame with malformed sampling parameters")
             step = step._replace(sampling=Sampling(*step.sampling))
-        sums = (step.compute_s, step.network_s)
+        sums = (step.compute_s, step.network_s, step.code_rms, step.code_worst)
         if not (_natural(step.number) and _natural(step.position) and isinstance(step.length, int)) or not all(
             isinstance(value, float) and math.isfinite(value) for value in sums
         ):

@@ -193,6 +193,7 @@ class TokenEvent:
 
     `timings` are of this turn of the ring, in seconds: `compute_s` in the model and `network_s` in collectives, summed
     over the stages; `waiting_s` the rest of the time since the token before (or since the request reached this stage).
+    Where hidden states travel in a lossy code also what that cost them: `code_rms`, `code_worst` (`codes.CodeError`).
     """
 
     name: ClassVar[str] = "token"

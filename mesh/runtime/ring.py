@@ -43,6 +43,8 @@ class _Drawing:
     since: float
     compute_s: float = 0.0
     network_s: float = 0.0
+    code_rms: float = 0.0
+    code_worst: float = 0.0
 
 
 class Ring:
@@ -78,6 +80,9 @@ class Ring:
         self._from_buffer = torch.frombuffer
         self._uint8 = torch.uint8
         self._filled: dict[int, int] = {}
+        self._coded = 0
+        #: Of the hidden states sent on, as last measured: see `mesh.runtime.codes.CodeError`.
+        self._code_error: tuple[float, float] = (0.0, 0.0)
         self._drawings: dict[int, _Drawing] = {}
         self._scheduler: Scheduler | None = None
         if assignment.leads and assignment.first:
@@ -198,15 +203,24 @@ class Ring:
             network_s += self._group.spent_s
         compute_s = step.compute_s + (self._clock() - began) - (network_s - step.network_s)
         if not a.last:
-            onward = step._replace(compute_s=compute_s, network_s=network_s)
+            packed = self._packed(output)
+            rms, worst = self._code_error
+            onward = step._replace(
+                compute_s=compute_s,
+                network_s=network_s,
+                code_rms=max(rms, step.code_rms),
+                code_worst=max(worst, step.code_worst),
+            )
             assert self._links.next is not None
-            self._links.next.send(onward.encode(), self._packed(output), kind=Kind.STEP)
+            self._links.next.send(onward.encode(), packed, kind=Kind.STEP)
             return
         drawing = self._drawings.get(step.number)
         if drawing is None:
             raise ProtocolError(f"request {step.number} reached the last stage without its sampling parameters")
         drawing.compute_s += compute_s
         drawing.network_s += network_s
+        drawing.code_rms = max(drawing.code_rms, step.code_rms)
+        drawing.code_worst = max(drawing.code_worst, step.code_worst)
         if step.draw:
             self._draw(step, drawing, output)
         elif self._scheduler is not None:
@@ -247,10 +261,14 @@ class Ring:
     def _packed(self, states: torch.Tensor) -> memoryview:
         if not self._a.code:
             return _bytes(states, self._dtype, self._uint8)
-        from mesh.runtime.codes import encode
+        from mesh.runtime.codes import SAMPLED, encode, measure
 
-        coded: memoryview = encode(states, self._a.code).numpy().data
-        return coded
+        coded = encode(states, self._a.code)
+        if self._coded % SAMPLED == 0:
+            self._code_error = measure(states, coded)
+        self._coded += 1
+        view: memoryview = coded.numpy().data
+        return view
 
     def _unpacked(self, payload: memoryview, length: int) -> torch.Tensor:
         """Hidden states [length, hidden]. Raises ProtocolError where the bytes cannot be so many."""
@@ -281,6 +299,8 @@ class Ring:
         compute_s = drawing.compute_s + now - began
         waiting_s = max(0.0, now - drawing.since - compute_s - drawing.network_s)
         timings = {"compute_s": compute_s, "network_s": drawing.network_s, "waiting_s": waiting_s}
+        if drawing.code_rms:
+            timings |= {"code_rms": drawing.code_rms, "code_worst": drawing.code_worst}
         drawing.since, drawing.compute_s, drawing.network_s = now, 0.0, 0.0
         if self._scheduler is None:
             # The ring first: the daemon can wait, the next step cannot.

@@ -59,8 +59,13 @@ def test_the_command_prints_one_list_of_rows_and_says_what_it_left_out(monkeypat
     assert command.main(["--json", "--only", "one"]) == 0
     out, err = capsys.readouterr()
     keys = ["what", "size", "link", "gb_per_s", "us_per_message", "ratio_to_raw"]
-    assert json.loads(out) == [dict(zip(keys, ["one a", 8, "l", 1.235, None, None], strict=True))]
+    assert json.loads(out) == [dict(zip(keys, ["one a", 8, "l", 1.235, 0.00648, 1.0], strict=True))]
     assert err == "left out: one: the rest needs a wire\n"
+
+
+def test_a_row_has_its_rate_and_its_time():
+    assert Row("token", 64, "l", None, 50.0, 1.1).whole() == Row("token", 64, "l", 0.00128, 50.0, 1.1)
+    assert Row("plain", 1 << 20, "l", 1.0, None, None).whole() == Row("plain", 1 << 20, "l", 1.0, 1048.576, 1.0)
 
 
 def test_rows_are_wanted_by_a_word_of_their_name():

@@ -50,6 +50,9 @@ class Daemon:
     def recoveries_total(self) -> int:
         return 2
 
+    def code_errors(self):
+        return {"job-1": 0.0066}
+
     def calls_refused_total(self):
         return {"identity": 2}
 
@@ -108,6 +111,7 @@ async def test_metrics_are_read_anew_at_each_scrape() -> None:
         ("isthmus_jobs", "failed"): 1,
         ("isthmus_tokens_total", ""): 7,
         ("isthmus_recoveries_total", ""): 2,
+        ("isthmus_code_error_ratio", "job-1"): 0.0066,
         ("isthmus_gossip_refused_total", "forged"): 3,
         ("isthmus_gossip_refused_total", "replayed"): 0,
         ("isthmus_calls_refused_total", "identity"): 2,

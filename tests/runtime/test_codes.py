@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mesh.runtime.codes import NAMES, decode, encode
+from mesh.runtime.codes import NAMES, CodeError, decode, encode, measure
 from mesh.runtime.protocol import ProtocolError
 
 
@@ -18,6 +18,16 @@ def error(states, code):
 def test_the_relative_error_on_gaussian_states_is_that_of_the_code(code, limit):
     states = torch.randn(16, 576, generator=torch.Generator().manual_seed(1))
     assert 0 < error(states, code) < limit
+
+
+@pytest.mark.parametrize("code", sorted(NAMES))
+def test_the_error_that_is_told_is_the_one_that_was_made(code):
+    states = torch.randn(4, 300, generator=torch.Generator().manual_seed(3))
+    told = measure(states, encode(states, code))
+    assert told.rms == pytest.approx(error(states, code), rel=1e-5)
+    assert told.rms < told.worst < 30 * told.rms
+    assert measure(torch.zeros(2, 8), encode(torch.zeros(2, 8), code)) == CodeError()
+    assert measure(states * float("nan"), encode(states, code)).rms == 1e9
 
 
 def test_outlier_channels_do_not_spoil_the_others():

@@ -104,6 +104,7 @@ def test_a_resumed_request_counts_from_the_end_of_its_prompt():
         st.floats(0, 9),
         st.none() | st.builds(Sampling, st.text(max_size=5), ids, ids, st.floats(0, 1), st.floats(0, 1), ids, ids,
                               st.lists(ids, max_size=3)),
+        st.floats(0, 9), st.floats(0, 9),
     )
 )  # fmt: skip
 def test_steps_arrive_as_they_were_sent(step):
