@@ -2,7 +2,7 @@
 
     python -m benchmarks.weights [--gigabytes N] [--link MBITS,MS[,LOSS]]... [--skip killed|tokens]... [--json]
 
-Two sites hold a model, each behind an emulated link of its own (by default 300 Mbit/s, 40 ms and 200 Mbit/s, 80 ms of
+Two sites hold a model, each behind an emulated link of its own (by default 200 Mbit/s, 40 ms and 100 Mbit/s, 80 ms of
 round trip), and a third fetches the middle layers of it with the processes that real peers run. Then again, but its
 process is killed with SIGKILL when half is there, started again, and fetches the rest. Then again while a message of 64
 bytes every 50 ms travels over the first link, as a token would, and the site says that tokens travel.
@@ -34,7 +34,7 @@ from mesh.errors import MeshError
 from simulations.processes import ending_on_signals
 from simulations.wide_area import Line
 
-DEFAULT_LINKS = (Line(300e6, 0.040), Line(200e6, 0.080))
+DEFAULT_LINKS = (Line(200e6, 0.040), Line(100e6, 0.080))
 #: Small messages are watched for so long before weights travel.
 _IDLE_S = 3.0
 #: Where the fetching process is killed: at this share of the whole.

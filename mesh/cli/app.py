@@ -28,7 +28,17 @@ def application() -> typer.Typer:
         rich_markup_mode=None,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
-    for function in (up.up, ask.status, ask.topology, ask.plan, jobs.submit, jobs.generate, jobs.jobs, jobs.cancel):
+    for function in (
+        up.up,
+        ask.status,
+        ask.models,
+        ask.topology,
+        ask.plan,
+        jobs.submit,
+        jobs.generate,
+        jobs.jobs,
+        jobs.cancel,
+    ):
         app.command()(guarded(function))
     app.command(**demo.SETTINGS)(guarded(demo.demo))
     for verb in (cluster.invite, cluster.members, cluster.revoke, cluster.rotate):

@@ -1,4 +1,4 @@
-"""The verbs that only ask: `status`, `topology`, `plan`."""
+"""The verbs that only ask: `status`, `models`, `topology`, `plan`."""
 
 from __future__ import annotations
 
@@ -37,6 +37,21 @@ def status(*, peer: Peer = None, json: Json = False, debug: Debug = False) -> No
         from mesh.cli.tables import show_status
 
         show_status(document, mesh.address)
+
+
+def models(*, peer: Peer = None, json: Json = False, debug: Debug = False) -> None:
+    """Which models each site holds, whole or in part, and how full its cache of weights is."""
+    from mesh.client.blocking import Mesh
+
+    with Mesh(peer) as mesh:
+        document = mesh.status()
+    sites = document.get("holdings") or []
+    if json:
+        print_json({"sites": sites})
+        return
+    from mesh.cli.tables import show_models
+
+    show_models(sites)
 
 
 def topology(*, peer: Peer = None, json: Json = False, debug: Debug = False) -> None:

@@ -41,6 +41,30 @@ def show_status(document: Mapping[str, Any], address: str) -> None:
             say(f"no {title}")
 
 
+def show_models(sites: Iterable[Mapping[str, Any]]) -> None:
+    """`mesh models`."""
+    rows, caches = [], []
+    for site in sites:
+        name = str(site.get("site", "?"))
+        for model in site.get("models") or ():
+            runs = ", ".join(_range((int(start), int(end))) for start, end in model.get("layers") or ())
+            held = "whole" if model.get("whole") else f"layers {runs}" if runs else "parts of layers"
+            size = mebibytes(int(model.get("bytes") or 0))
+            total = int(model.get("total_bytes") or 0)
+            size = size if model.get("whole") or not total else f"{size} of {mebibytes(total)}"
+            kept = "cache" if model.get("cached") else "own files"
+            rows.append([name, str(model.get("name", "?")), held, size, kept, str(model.get("root") or "-")[:12]])
+        cache = site.get("cache") or {}
+        if cache:
+            caches.append([name, mebibytes(int(cache["used_bytes"])), mebibytes(int(cache["limit_bytes"]))])
+    if rows:
+        table(["site", "model", "holds", "size", "where", "root"], rows)
+    else:
+        say("no site tells of a model")
+    if caches:
+        table(["site", "cache used", "limit"], caches)
+
+
 def show_members(document: Mapping[str, Any]) -> None:
     """`mesh members`."""
     identity = document.get("identity")

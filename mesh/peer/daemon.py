@@ -34,6 +34,7 @@ from mesh.peer.config import PeerConfig
 from mesh.peer.control import MeshServicer, PeerServicer, Secured, serve
 from mesh.peer.datadir import DataDir
 from mesh.peer.guard import Guard
+from mesh.peer.holdings import HELD
 from mesh.peer.http import build_app
 from mesh.peer.http import serve as serve_http
 from mesh.peer.measuring import Measuring
@@ -43,7 +44,7 @@ from mesh.peer.places import free_port, local_host, reachable
 from mesh.peer.relaying import Relaying, keep_detours
 from mesh.peer.service import PeerService
 from mesh.peer.view import MeshView
-from mesh.peer.weights import HELD, open_weights
+from mesh.peer.weights import open_weights
 from mesh.peer.workers import WorkerPool
 from mesh.wire.v1 import peer_pb2
 
@@ -210,7 +211,12 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
             weights.offer,
             cut=config.cut,
         )
-        weights.attach(view, lambda site: view.remote(site).weights, lambda: service.stepping)
+        weights.attach(
+            view,
+            view.remote,
+            stepping=lambda: service.stepping,
+            cut=lambda site: view.own_address(site) in config.cut,
+        )
         relaying = Relaying(config.site, reachable(host), config.relay_mbps, view.own_address, delay_s)
         measuring = Measuring(
             config.site,

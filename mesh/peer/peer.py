@@ -142,6 +142,7 @@ class Peer:
                 for local in self._devices
             ],
             "models": [] if self._weights is None else self._weights.describe(),
+            "holdings": [] if self._weights is None else self._weights.holdings(),
             "jobs": [
                 {
                     "job": c.job.id,

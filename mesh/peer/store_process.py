@@ -32,14 +32,14 @@ class _Call:
 class StoreProcess:
     """The store. Started by the first call; started again by the next one after it died.
 
-    `on_held` is told what it holds, `on_sent(site, bytes, seconds)` how fast a site is given blocks, and
-    `on_gave(site, bytes)` how much it was given when it is gone.
+    `on_held` is told what it holds and how full the cache is, `on_sent(site, bytes, seconds)` how fast a
+    site is given blocks, and `on_gave(site, bytes)` how much it was given when it is gone.
     """
 
     def __init__(
         self,
         command: Sequence[str],
-        on_held: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+        on_held: Callable[[list[dict[str, Any]], dict[str, int]], None] = lambda rows, cache: None,
         on_sent: Callable[[str, int, float], None] = lambda site, count, seconds: None,
         on_gave: Callable[[str, int], None] = lambda site, count: None,
     ) -> None:
@@ -140,7 +140,7 @@ class StoreProcess:
 
     def _take(self, message: dict[str, Any]) -> None:
         if "held" in message:
-            self._on_held(message["held"])
+            self._on_held(message["held"], message["cache"])
         elif "sent" in message:
             self._on_sent(message["sent"], message["bytes"], message["seconds"])
         elif "gave" in message:

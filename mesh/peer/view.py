@@ -18,9 +18,9 @@ from mesh.gossip.distances import COORDINATES, LINKS, read_coordinate
 from mesh.gossip.links import LinkReport, read
 from mesh.jobs.peers import PeerCalls
 from mesh.peer.calls import RemotePeer
+from mesh.peer.holdings import HELD, read_held
 from mesh.peer.pace import LEAST_PACE, MOST_PACE
 from mesh.peer.pairs import links_between
-from mesh.peer.weights import HELD, read_held
 from topology.displace import RunningJob
 from topology.picture import MAX_TOGETHER
 from topology.relays import relays

@@ -11,7 +11,7 @@ import logging
 import math
 import secrets
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -19,9 +19,10 @@ from typing import Any, NamedTuple, Protocol
 import msgpack
 import trio
 
-from mesh.errors import MeshError, ModelError, ModelMissing, NotAllowed, RequestError, WorkerError
+from mesh.errors import MeshError, ModelError, ModelMissing, NotAllowed, PeerUnreachable, RequestError, WorkerError
 from mesh.jobs.model import Inspector, ModelInfo
 from mesh.jobs.peers import Progress
+from mesh.peer.holdings import MAX_HELD, ROOT_BYTES, described, models_below, of_folder, of_store, read_held, size_of
 from mesh.peer.store_process import StoreProcess
 from mesh.runtime.assignment import Assignment
 from mesh.weights.locate import locate, there
@@ -31,12 +32,6 @@ from topology.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
-#: The key of gossip's entry.
-HELD = "held"
-#: What a site tells the mesh: so many models, so many runs of layers of each; some 100 bytes a model.
-MAX_HELD, MAX_RUNS = 48, 8
-#: Roots are told whole: who has nothing of a model yet can fetch it by its name.
-TOLD_ROOT_BYTES = 32
 #: A ticket is answered from memory, but for the start of the store.
 TICKET_S = 20.0
 #: A source that could not be used is tried again after so long, then twice that, and so on.
@@ -45,13 +40,19 @@ RETRY_S, MAX_RETRY_S = 1.0, 15.0
 OFFER_S = 30.0
 #: How often the store hears whether tokens travel.
 TOKENS_S = 1.0
+#: An emulated delay that a relay tells of.
+MAX_DELAY_S = 10.0
 #: What the store answers at once.
 STORE_S = 30.0
 #: Reading a whole model to hash it: 2 TB at 100 MB/s take 20,000 s.
 SCAN_S = 6 * 3600.0
 
-#: A site's `RemotePeer.weights`.
-TicketsOf = Callable[[str], Callable[[peer_pb2.WeightsRequest, float], Awaitable[peer_pb2.WeightsTicket]]]
+
+class Remote(Protocol):
+    """What is needed of `mesh.peer.calls.RemotePeer`."""
+
+    async def weights(self, request: peer_pb2.WeightsRequest, timeout_s: float) -> peer_pb2.WeightsTicket: ...
+    async def relay(self, request: peer_pb2.RelayRequest) -> peer_pb2.RelayReply: ...
 
 
 class View(Protocol):
@@ -59,6 +60,8 @@ class View(Protocol):
 
     def snapshot(self) -> Snapshot: ...
     def alive(self, site: str) -> bool: ...
+    def via(self, one: str, other: str) -> str: ...
+    def reaches(self, one: str, other: str) -> bool: ...
 
 
 class Placed(NamedTuple):
@@ -88,7 +91,8 @@ class Weights:
         """
         self.site = site
         self._view: View | None = None
-        self._peer: TicketsOf | None = None
+        self._peer: Callable[[str], Remote] | None = None
+        self._cut: Callable[[str], bool] = lambda site: False
         self._stepping: Callable[[], bool] = lambda: False
         self._store = store
         self._inspector = inspector
@@ -98,18 +102,28 @@ class Weights:
         self._publish = publish
         self._held = held
         self._rows: list[dict[str, Any]] = []
+        self._cache: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}
         self._opened: dict[str, str] = {}
         self._nursery: trio.Nursery | None = None
         self._hashing: dict[str, trio.Event] = {}
         self._offering = trio.Lock()
         self._offers: dict[str, tuple[float, bytes]] = {}
 
-    def attach(self, view: View, peer: TicketsOf, stepping: Callable[[], bool] = lambda: False) -> None:
+    def attach(
+        self,
+        view: View,
+        peer: Callable[[str], Remote],
+        *,
+        stepping: Callable[[], bool] = lambda: False,
+        cut: Callable[[str], bool] = lambda site: False,
+    ) -> None:
         """The picture of the mesh and the way to its peers, which are made after this.
 
-        `stepping` says whether workers of this site take steps now, so that their tokens go before weights.
+        `stepping` says whether workers of this site take steps now, so that their tokens go before weights; `cut` which
+        sites it does not reach, in a drill.
         """
-        self._view, self._peer, self._stepping = view, peer, stepping
+        self._view, self._peer, self._stepping, self._cut = view, peer, stepping, cut
 
     def begin(self, nursery: trio.Nursery) -> None:
         """Tell of the models that lie in the site's folder. Hashing, where it is wanted, runs in `nursery`."""
@@ -144,24 +158,31 @@ class Weights:
                 told.append({"root": "", "name": name, "path": path, "cached": False})
         return told
 
-    def store_changed(self, rows: list[dict[str, Any]]) -> None:
-        """The store says what it holds."""
-        self._rows = rows
+    def store_changed(self, rows: list[dict[str, Any]], cache: dict[str, int]) -> None:
+        """The store says what it holds, and how full its cache is."""
+        self._rows, self._cache = rows, cache
         self._tell()
 
+    def holdings(self) -> list[dict[str, Any]]:
+        """What `mesh models` shows: this site first, then the others that tell of theirs."""
+        others = [
+            described(site, entry)
+            for site, entry in sorted(self._held().items())
+            if site != self.site and self._view is not None and self._view.alive(site)
+        ]
+        return [described(self.site, self._told_of()), *others]
+
     def _tell(self) -> None:
-        told: list[dict[str, Any]] = []
-        for row in [row for row in self._rows if not self._withheld(row["name"], row["path"])][:MAX_HELD]:
-            runs = sorted(row["layers"], key=lambda run: run[0] - run[1])[:MAX_RUNS]
-            whole = row["bytes"] == row["total_bytes"]
-            told.append(
-                {"root": row["root"][:TOLD_ROOT_BYTES], "name": row["name"], "layers": sorted(runs), "whole": whole}
-            )
+        self._publish(self._told_of())
+
+    def _told_of(self) -> dict[str, Any]:
+        rows = [row for row in self._rows if not self._withheld(row["name"], row["path"])]
+        told = [of_store(row) for row in rows[:MAX_HELD]]
         known = {row["path"] for row in self._rows}
         for path, name in list(self._opened.items())[: MAX_HELD - len(told)]:
             if path not in known and not self._withheld(name, path):
-                told.append({"root": b"", "name": name, "layers": [[0, 1 << 20]], "whole": True})
-        self._publish({"models": told})
+                told.append(of_folder(name, self._sizes.setdefault(path, size_of(path))))
+        return {"models": told, "cache": self._cache}
 
     def _opened_here(self, path: str, name: str) -> None:
         if path not in self._opened and len(self._opened) < MAX_HELD:
@@ -230,7 +251,7 @@ class Weights:
         """Sites that have something of a model: `first`, then those that tell so, or of one of that name."""
 
         def may(row: dict[str, Any]) -> bool:
-            return bool(row["root"] == root[:TOLD_ROOT_BYTES] if row["root"] else row["name"] == name)
+            return bool(row["root"] == root[:ROOT_BYTES] if row["root"] else row["name"] == name)
 
         told = [site for site, rows in self._told() if any(may(row) for row in rows)]
         return list(dict.fromkeys([*first, *sorted(told)]))
@@ -289,10 +310,10 @@ class Weights:
         number = 0
         changed = trio.Event()
 
-        def give_up(site: str) -> None:
+        def give_up(site: str, *, lied: bool = False) -> None:
             live.discard(site)
             waits[site] = min(MAX_RETRY_S, waits.get(site, RETRY_S / 2) * 2)
-            retry_at[site] = trio.current_time() + waits[site]
+            retry_at[site] = math.inf if lied else trio.current_time() + waits[site]
             changed.set()
 
         def on_event(event: dict[str, Any]) -> None:
@@ -300,8 +321,10 @@ class Weights:
             if "total" in event:
                 progress(int(event["done"]), int(event["total"]))
             elif "lost" in event:
-                logger.info("weights: %s is given up as a source: %s", event["lost"], event["why"])
-                give_up(str(event["lost"]))
+                lied = bool(event.get("lied"))
+                level = logging.WARNING if lied else logging.INFO
+                logger.log(level, "weights: %s is given up as a source: %s", event["lost"], event["why"])
+                give_up(str(event["lost"]), lied=lied)
             elif "ready" in event:
                 number = int(event["id"])
                 ready.set()
@@ -347,10 +370,35 @@ class Weights:
         return str(found["path"])
 
     async def _ticket_of(self, site: str, root: bytes, name: str) -> dict[str, Any]:
-        if self._peer is None:
+        if self._peer is None or self._view is None:
             raise WorkerError("this peer is starting")
-        ticket = await self._peer(site)(peer_pb2.WeightsRequest(root=root, site=self.site, name=name), TICKET_S)
-        return {"address": ticket.address, "key": ticket.key, "hello": ticket.hello, "delay_s": self._delay_s(site)}
+        request = peer_pb2.WeightsRequest(root=root, site=self.site, name=name)
+        ticket = await self._peer(site).weights(request, TICKET_S)
+        address, delay_s = await self._way_to(site, ticket.address)
+        return {"address": address, "key": ticket.key, "hello": ticket.hello, "delay_s": delay_s}
+
+    async def _way_to(self, site: str, address: bytes) -> tuple[bytes, float]:
+        """Where to connect for a store's `address`, and the emulated delay: directly, or through a third site.
+
+        A relay hands on what the two stores have sealed. Raises MeshError where there is no way.
+        """
+        assert self._view is not None and self._peer is not None
+        via = self._view.via(self.site, site)
+        if via:
+            try:
+                reply = await self._peer(via).relay(peer_pb2.RelayRequest(site=site, other=self.site, address=address))
+                if not 0 <= reply.delay_s <= MAX_DELAY_S:
+                    raise RequestError(f"a delay of {reply.delay_s} s towards {site} cannot be")
+            except MeshError as error:
+                if not self._view.reaches(self.site, site):
+                    raise
+                logger.info("weights: %s does not relay to %s: %s", via, site, error)
+            else:
+                logger.info("weights: %s is reached through %s", site, via)
+                return reply.address, reply.delay_s
+        if self._cut(site):
+            raise PeerUnreachable(f"{self.site} does not reach {site} (a drill)")
+        return address, self._delay_s(site)
 
     # -- a source's side
 
@@ -402,14 +450,6 @@ class Weights:
         return peer_pb2.WeightsTicket(address=answer["address"], key=key, hello=hello)
 
 
-def models_below(folder: Path) -> list[Path]:
-    """The models that lie in a folder: folders with a config.json."""
-    try:
-        return sorted(path.parent for path in folder.glob("*/config.json"))
-    except OSError:
-        return []
-
-
 def _read_offer(offer: bytes) -> tuple[bytes, str, list[str]]:
     try:
         document = msgpack.unpackb(offer)
@@ -420,21 +460,6 @@ def _read_offer(offer: bytes) -> tuple[bytes, str, list[str]]:
     if len(root) != 32 or len(sources) > MAX_HELD:
         raise RequestError("the offer of weights is out of bounds")
     return root, name, sources
-
-
-def read_held(entry: Any) -> list[dict[str, Any]]:
-    """What a site tells of its models, as far as an honest peer could have told it."""
-    found: list[dict[str, Any]] = []
-    rows = entry.get("models") if isinstance(entry, Mapping) else None
-    for row in rows[:MAX_HELD] if isinstance(rows, list) else ():
-        try:
-            runs = [(int(start), int(end)) for start, end in row["layers"][:MAX_RUNS]]
-            root, name = bytes(row["root"]), str(row["name"])
-        except (KeyError, TypeError, ValueError):
-            continue
-        if len(root) in (0, TOLD_ROOT_BYTES) and len(name) <= 200 and all(0 <= a < b <= 1 << 20 for a, b in runs):
-            found.append({"root": root, "name": name, "layers": runs, "whole": bool(row.get("whole"))})
-    return found
 
 
 @asynccontextmanager
@@ -463,8 +488,8 @@ async def open_weights(
     folder_there = there(str(folder))
     weights: Weights
 
-    def changed(rows: list[dict[str, Any]]) -> None:
-        weights.store_changed(rows)
+    def changed(rows: list[dict[str, Any]], cache: dict[str, int]) -> None:
+        weights.store_changed(rows, cache)
 
     store = StoreProcess(command, changed, sent)
     weights = Weights(

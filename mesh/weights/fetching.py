@@ -46,7 +46,8 @@ class Source:
 
 
 class Fetch:
-    """One model's fetch. `lost(site, reason)` is told of each source that is given up.
+    """One model's fetch. `lost(site, reason)` is told of each source that is given up. `liars` are those of them that
+    sent what is not of the model: they are not taken on again.
 
     `progress(done, total)` counts bytes of the blocks that were wanted and not there. `busy` says whether tokens travel
     at this site, so that they are let pass.
@@ -76,10 +77,11 @@ class Fetch:
         self._writing = 0
         self._room = trio.Semaphore(WRITES)
         self.fetched: dict[str, int] = {}
+        self.liars: set[str] = set()
 
     def add(self, source: Source) -> None:
         """Take on a source. One that is there already is left alone. Only inside `run`."""
-        if self._nursery is not None and source.site not in self._connections:
+        if self._nursery is not None and source.site not in self._connections and source.site not in self.liars:
             connection = self._connections[source.site] = _Connection(source)
             self._nursery.start_soon(self._serve, connection)
 
@@ -92,8 +94,14 @@ class Fetch:
             for connection in list(self._connections.values()):
                 if connection.ready:
                     try:
-                        return Manifest.decode(await self._manifest_of(connection), root, name)
+                        encoded = await self._manifest_of(connection)
                     except (TransportError, MeshError) as error:
+                        self._give_up(connection, str(error))
+                        continue
+                    try:
+                        return Manifest.decode(encoded, root, name)
+                    except ModelError as error:
+                        self.liars.add(connection.source.site)
                         self._give_up(connection, str(error))
             await self._wait("manifest")
 
@@ -267,6 +275,7 @@ class Fetch:
                 self._progress(self._done_bytes, self._total_bytes)
             else:
                 puller.spoilt(block)
+                self.liars.add(connection.source.site)
                 self._give_up(connection, f"it sent a block {block} that is not of the model")
         except OSError as error:
             text = "the disk is full" if disk_full(error) else str(error.strerror)

@@ -33,6 +33,7 @@ from mesh.weights.frames import (
 )
 from mesh.weights.have import BlockMap
 from mesh.weights.manifest import Manifest
+from mesh.weights.scan import stats
 from transport import Channel, TransportError
 from transport.trio_shell import Driver
 
@@ -68,6 +69,7 @@ class LocalModel:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
+        self._stats = stats(folder)
 
     def read(self, block: int) -> bytes | None:
         """A block's bytes, or None where the file is not what it was."""
@@ -75,6 +77,10 @@ class LocalModel:
         try:
             descriptor = os.open(self.folder / self.manifest.files[file].name, os.O_RDONLY | os.O_CLOEXEC)
             try:
+                found = os.fstat(descriptor)
+                name = self.manifest.files[file].name
+                if (name, found.st_mtime_ns, found.st_size) not in self._stats:
+                    return None  # no longer the file that was hashed: nobody is to be taken for a liar
                 data = os.pread(descriptor, length, offset)
             finally:
                 os.close(descriptor)

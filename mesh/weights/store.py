@@ -3,9 +3,9 @@
 It hashes folders of models, serves their blocks to other sites and fetches blocks into the cache below DIR, so that no
 byte of weights goes through the daemon. It never imports torch. Its stdin and stdout belong to the daemon: msgpack maps
 one after the other. A request {"id", "op", ...} gets one {"id", "ok": {...}} or {"id", "error": line}, for a fetch with
-{"id", "done", "total"} and {"id", "lost": site, "why": line} before it. {"held": [...]} says what is here, unasked,
-whenever that changes, {"sent": site, "bytes", "seconds"} how fast a site is given blocks, and {"gave": site, "bytes"}
-how much it was given when it is gone. The end of stdin ends the process.
+{"id", "done", "total"} and {"id", "lost": site, "why": line, "lied"} before it. Unasked come {"held": [...], "cache"},
+what is here, whenever that changes, {"sent": site, "bytes", "seconds"}, how fast a site is given blocks, and {"gave":
+site, "bytes"}, how much it was given when it is gone. The end of stdin ends the process.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ MAX_MESSAGE_BYTES = 1 << 20
 TICKET_S = 60.0
 #: One wait for channels; the next follows.
 ACCEPT_S = 3600.0
-#: Packets that gather before they are read together: at 1 Gbit/s a quarter of a megabyte.
+#: Packets that gather before they are read together: at 1 Gbit/s a quarter of a megabyte. Not while tokens travel: what
+#: is acknowledged late looks like a queue to the sender, which then slows down.
 REST_S = 2e-3
 _READ_BYTES = 1 << 16
 
@@ -109,7 +110,8 @@ class Store:
             for root, model in self._cache.models.items()
             if root not in self._local
         ]
-        self._tell({"held": told})
+        used = sum(occupant.bytes for occupant in self._cache.used())
+        self._tell({"held": told, "cache": {"used": used, "limit": self._limit(used)}})
 
     def _row(self, root: bytes, manifest: Manifest, cached: CachedModel | None) -> dict[str, Any]:
         folder = self._local[root].folder if cached is None else cached.folder
@@ -197,7 +199,7 @@ class Store:
                         self._tell({"id": number, "done": have, "total": total})
 
                 def lost(site: str, why: str) -> None:
-                    self._tell({"id": number, "lost": site, "why": why})
+                    self._tell({"id": number, "lost": site, "why": why, "lied": site in fetch.liars})
 
                 fetch = Fetch(self._driver, lost=lost, progress=progress, busy=self.busy)
                 found: CachedModel | None = cached
@@ -214,13 +216,12 @@ class Store:
                     await fetch.blocks(model, needed)
 
                 self._fetches[number] = fetch
-                self._driver.rest_s = REST_S
+                self._rest()
                 try:
                     await fetch.run(body)
                 finally:
                     self._fetches.pop(number, None)
-                    if not self._fetches:
-                        self._driver.rest_s = 0.0
+                    self._rest()
                     self.publish()
                 assert found is not None
                 found.touch()
@@ -243,7 +244,11 @@ class Store:
     def tokens(self, travel: bool) -> dict[str, Any]:
         """The daemon says whether tokens travel at this site: weights then let them pass."""
         self._serving_jobs = travel
+        self._rest()
         return {}
+
+    def _rest(self) -> None:
+        self._driver.rest_s = REST_S if self._fetches and not self._serving_jobs else 0.0
 
     def release(self, root: bytes) -> dict[str, Any]:
         """A fetched model need not be kept any more; it is, until its room is wanted."""

@@ -1,5 +1,6 @@
 """Two sites that cannot exchange anything serve a job together, through a third."""
 
+import shutil
 import time
 
 import pytest
@@ -66,3 +67,22 @@ def test_a_job_runs_over_both_with_the_right_tokens(relayed, tiny):
         assert set(job.plan.sites) == {"a", "b"}
         tokens = job.generate(request["prompt"], max_tokens=12, ignore_eos=True).token_ids
     assert list(tokens) == list(reference_tokens(str(tiny), [request])[0])
+
+
+def test_a_site_without_the_model_gets_it_from_one_that_it_does_not_reach(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "owner" / "tiny")
+    (tmp_path / "empty").mkdir()
+    empty = {"models": str(tmp_path / "empty")}
+    sites = [
+        SiteSpec("a", device(), settings={"models": str(tmp_path / "owner")}),
+        SiteSpec("b", device(), settings=empty),
+        SiteSpec("c", device(), settings=empty),
+    ]
+    with Fleet(sites, rtts_ms=RTTS_MS, cut=[APART]) as fleet, mesh.Mesh(fleet.address("a")) as client:
+        until(lambda: "b is reached through c" in fleet.log("a"), CONVERGE_TIMEOUT_S)
+        until(lambda: "a is reached through c" in fleet.log("b"), CONVERGE_TIMEOUT_S)
+        with running(client, "tiny", {"sites": ["b"], "context": 64}) as job:
+            assert job.plan.sites == ("b",)
+        assert "weights: a is reached through c" in fleet.log("b")
+        with mesh.Mesh(fleet.address("b")) as there:
+            assert [row["bytes"] > 0 for row in there.status()["models"] if row["cached"]] == [True]

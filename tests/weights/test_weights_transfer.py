@@ -158,10 +158,11 @@ async def test_a_source_that_lies_is_given_up_and_its_lie_is_not_kept(tmp_path):
         async def paced(driver, channel):
             return await serve(driver, channel, w.local, slow)
 
-        await w.fetch(w.source("honest", paced), w.source("liar", lie))
+        fetch = await w.fetch(w.source("honest", paced), w.source("liar", lie))
         assert w.whole()
         assert [site for site, _ in w.lost] == ["liar"]
         assert "not of the model" in w.lost[0][1]
+        assert fetch.liars == {"liar"}
 
 
 async def test_a_source_that_has_a_part_gives_that_part(tmp_path):
@@ -264,3 +265,21 @@ def test_blocks_that_leave_in_a_row_tell_what_the_link_carries():
     assert stretch.sent(LEAST_BYTES, 65.0, more=False) == (LEAST_BYTES, 1.0)
     stretch.began(80.0)
     assert stretch.sent(LEAST_BYTES - 1, 90.0, more=False) is None, "a few blocks fit into buffers"
+
+
+async def test_a_source_whose_files_have_changed_gives_nothing_and_is_no_liar(tmp_path):
+    async with world(tmp_path) as w:
+        path = tmp_path / "model" / "model.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        assert w.local.read(0) is None
+        other = LocalModel(write_folder(tmp_path / "other"), w.manifest)
+
+        async def good(driver, channel):
+            return await serve(driver, channel, other)
+
+        fetch = await w.fetch(w.source("changed"), w.source("good", good))
+        assert not fetch.liars and w.lost == []
+        small = w.manifest.files[-1].size  # config.json, which has not changed
+        assert fetch.fetched["good"] >= w.manifest.total_bytes - small
