@@ -189,8 +189,8 @@ class Meetings:
             answers: dict[Helper, dict[str, Any]] = {}
             self._doing[case.seed] = "this end"
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(strike)
                 if case.work != "collective":
+                    nursery.start_soon(strike)
                     outcome = await self._near(case, address, strike_s, limits)
                 else:
                     second = {**order, "address": address.hex(), "rank": 1}
@@ -200,6 +200,7 @@ class Meetings:
                     early = await ends[1].hear(_HANG_S)
                     if early is not None and "outcome" in early:  # the other end was gone before this one came
                         answers[ends[1]] = early
+                    nursery.start_soon(strike)
             said = [outcome] if outcome else []
             for end in sorted(ends, key=lambda each: each is victim):
                 if end is victim and stopped:  # the other one has ended by its own deadlines
