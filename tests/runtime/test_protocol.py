@@ -55,7 +55,7 @@ events = st.one_of(
     st.builds(Progress, ids, ids, ids),
     st.builds(TokenEvent, epochs, st.text(max_size=9), ids, ids, st.just("stop"), st.just({"compute_s": 0.5})),
     st.builds(FailureEvent, epochs, st.text(max_size=9), st.text(max_size=9), st.booleans()),
-    st.builds(AliveEvent, epochs, ids, st.builds(Decoded, ids.map(float), st.floats(0, 9), ids.map(float))),
+    st.builds(AliveEvent, epochs, ids, st.builds(Decoded, *(st.floats(0, 9) for _ in Decoded._fields))),
 )
 
 
