@@ -7,6 +7,7 @@ holds the message any more.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import numpy as np
 
@@ -23,7 +24,8 @@ _LANDING_BYTES = 256 << 10
 class Buffers:
     """Buffers of one sender. Sizes are rounded up: to powers of two, from 1 MiB on to whole MiB."""
 
-    def __init__(self) -> None:
+    def __init__(self, allocate: Callable[[int], memoryview] = fresh) -> None:
+        self._allocate = allocate
         self._free: list[memoryview] = []
         self._lent: list[tuple[Ticket, memoryview]] = []
         self._taken: memoryview | None = None
@@ -37,7 +39,7 @@ class Buffers:
             self._taken = min(fitting, key=len)
             self._free = [buffer for buffer in self._free if buffer is not self._taken]
         else:
-            self._taken = fresh(-(-size // _MIB) * _MIB if size > _MIB else 1 << (size - 1).bit_length())
+            self._taken = self._allocate(-(-size // _MIB) * _MIB if size > _MIB else 1 << (size - 1).bit_length())
         return self._taken[:size]
 
     def forget(self) -> None:

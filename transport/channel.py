@@ -14,7 +14,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 from transport.base import (
     Buffer,
@@ -28,6 +28,7 @@ from transport.base import (
     TransportError,
 )
 from transport.deadlines import PATIENCE_S, Watches, Way, allowance_s
+from transport.device_buffers import CudaStaging, DeviceBuffer, Landed, OnDevice, Staging, device_buffer
 from transport.emulate import DelayLine
 from transport.fragments import Incoming, Outgoing
 from transport.frames import (
@@ -119,11 +120,13 @@ class Channel:
         self._look_every_ns = round(self._watches.every_s * 1e9)
         self._look_ns = self._began_ns + self._look_every_ns
         self._bulk_bytes = self._taken = self._assembled = 0
+        self._staging: Staging | None = None
 
     # -- sending
 
-    def send(self, meta: bytes, payload: Buffer = b"", *, kind: int = 0, bulk: bool = False) -> Ticket:
-        """Queue one message; never blocks. `payload` must not change until the ticket is done.
+    def send(self, meta: bytes, payload: Buffer | OnDevice = b"", *, kind: int = 0, bulk: bool = False) -> Ticket:
+        """Queue one message; never blocks. `payload` must not change until the ticket is done. What has
+        `__cuda_array_interface__` goes straight from the device where `takes_device` says so, else through the host.
 
         kind: 0 to 199. bulk: let everything else go first, and over a wide link over streams of its own; what has not
         left when the channel is closed may be lost. Raises ChannelClosed, ChannelBroken, or ValueError for a message
@@ -133,6 +136,8 @@ class Channel:
             raise again(self._ended)
         if kind >= FIRST_INTERNAL_KIND:
             raise ValueError(f"kind {kind} belongs to the channel itself; use 0 to {FIRST_INTERNAL_KIND - 1}")
+        if not isinstance(payload, (bytes, memoryview, bytearray)):
+            return self._send_device(kind, meta, payload, bulk)
         if not bulk:
             return self._send(kind, meta, payload)
         source = Outgoing(self._bulk_writer, kind, meta, payload, self._clock)
@@ -142,6 +147,33 @@ class Channel:
         else:
             self._send_bulk(source)
         return source
+
+    def _send_device(self, kind: int, meta: bytes, payload: OnDevice, bulk: bool) -> Ticket:
+        device = device_buffer(payload)
+        if device is None:
+            raise TypeError(f"{type(payload).__name__} has neither bytes nor __cuda_array_interface__")
+        if self.takes_device and not bulk:
+            self.staging.settle(device)
+            return self._send(kind, meta, cast(Buffer, device))
+        ticket = self.send(meta, self.staging.to_host(device), kind=kind, bulk=bulk)
+        self.staging.lend(ticket)
+        return ticket
+
+    @property
+    def takes_device(self) -> bool:
+        """Whether memory of a device is sent, and may be received into, without passing through the host."""
+        return not self._sealed and getattr(self._pipe, "takes_device", False)
+
+    @property
+    def staging(self) -> Staging:
+        """What copies between host and device. Raises TransportError where there is no CUDA."""
+        if self._staging is None:
+            self._staging = CudaStaging()
+        return self._staging
+
+    @staging.setter
+    def staging(self, staging: Staging) -> None:
+        self._staging = staging
 
     def _send_bulk(self, source: Outgoing) -> None:
         try:
@@ -271,11 +303,16 @@ class Channel:
             if message is not None:
                 return message
 
-    def receive_into(self, buffer: memoryview, timeout_s: float | None = None) -> bytes:
+    def receive_into(self, buffer: Buffer | OnDevice, timeout_s: float | None = None) -> bytes:
         """Wait for the next message, put its payload into `buffer`, give its metadata. timeout_s: as in `receive`.
+
+        Where `takes_device` says so, what has `__cuda_array_interface__` is received into without a copy on the host;
+        if the wait then ends while the message arrives, the channel is aborted, because the memory is in use.
 
         Raises FrameError when the payload's size is not the buffer's; the channel is then aborted.
         """
+        if not isinstance(buffer, (bytes, memoryview, bytearray)):
+            return self._receive_into_device(buffer, timeout_s)
         target = flat(buffer)
         message = self.receive(timeout_s, size_bytes=target.nbytes)
         if message.payload.nbytes != target.nbytes:
@@ -283,6 +320,38 @@ class Channel:
             raise FrameError(f"{self.name}: sent {message.payload.nbytes} bytes where {target.nbytes} were due")
         target[:] = message.payload
         return message.meta
+
+    def _receive_into_device(self, buffer: OnDevice, timeout_s: float | None) -> bytes:
+        device = device_buffer(buffer)
+        if device is None:
+            raise TypeError(f"{type(buffer).__name__} has neither bytes nor __cuda_array_interface__")
+        pipe: Any = self._pipe
+        lands = self.takes_device and self._line is None and not self._stash
+        if lands:
+            pipe.land(device)
+        try:
+            message = self.receive(timeout_s, size_bytes=device.nbytes)
+        finally:
+            if lands:
+                pipe.land(None)
+                if pipe.is_landing:
+                    self.abort()
+        if cast(Any, message.payload) is device:
+            return message.meta
+        if message.payload.nbytes != device.nbytes:
+            self.abort()
+            raise FrameError(f"{self.name}: sent {message.payload.nbytes} bytes where {device.nbytes} were due")
+        self.staging.to_device(message.payload, device)
+        return message.meta
+
+    def _landed(self, data: Landed) -> tuple[memoryview, DeviceBuffer | None]:
+        """A message that was received into a device: what of it is on the host, and the rest.
+
+        A lane's or a piece of bulk was not the one that was waited for: it is brought to the host.
+        """
+        if kind_of(data.head) < FIRST_LANE_KIND:
+            return data.head, data.payload
+        return memoryview(bytearray(b"".join((data.head, self.staging.to_host(data.payload))))), None
 
     @property
     def due_s(self) -> float | None:
@@ -324,7 +393,7 @@ class Channel:
             if self._ended is not None:
                 raise again(self._ended)
             try:
-                data = self._pipe.take(self._stashed_bytes < _STASH_BYTES)
+                data: Any = self._pipe.take(self._stashed_bytes < _STASH_BYTES)
             except TransportError as error:
                 self._ended = self._named(error)
                 continue
@@ -335,7 +404,10 @@ class Channel:
                     self._look(now_ns)
                 return None
             self._taken += 1
+            device: DeviceBuffer | None = None
             try:
+                if isinstance(data, Landed):
+                    data, device = self._landed(data)
                 if self._reader is None:
                     assert self._welcome is not None
                     self._begin(self._welcome(data))
@@ -345,6 +417,8 @@ class Channel:
                     assert self._bulk_reader is not None
                     frame = self._incoming.add(self._bulk_reader.read(data))
                     self._assembled += frame is not None
+                elif device is not None:
+                    frame = self._reader.read(data, device.nbytes)._replace(payload=cast(memoryview, device))
                 else:
                     frame = self._reader.read(data)
             except FrameError as error:

@@ -128,22 +128,24 @@ class FrameReader:
         self._sequence = 0
         self._failed: str | None = None
 
-    def read(self, message: memoryview) -> Frame:
+    def read(self, message: memoryview, elsewhere: int = 0) -> Frame:
         """Open the next message: where it is writable it is opened in place, and belongs to the frame.
+
+        elsewhere: bytes of an unsealed payload that follow, but lie somewhere else.
 
         Raises FrameError for anything that the honest writer did not write next.
         """
         if self._failed is not None:
             raise FrameError(self._failed)
         try:
-            return self._read(message)
+            return self._read(message, elsewhere)
         except FrameError as error:
             self._failed = str(error)
             raise
 
-    def _read(self, message: memoryview) -> Frame:
-        size = message.nbytes
-        if size < HEADER_BYTES:
+    def _read(self, message: memoryview, elsewhere: int) -> Frame:
+        size = message.nbytes + elsewhere
+        if message.nbytes < HEADER_BYTES:
             raise FrameError(f"frame of {size} bytes is shorter than a header")
         magic, version, kind, meta_bytes, payload_bytes, sequence, stamp_ns = _HEADER.unpack_from(message)
         if magic != _MAGIC or version != _VERSION:

@@ -43,7 +43,7 @@ from typing import Any
 from transport.base import AddressError
 from transport.buffers import Landings
 from transport.ucx_binding import CONFIG, OPERATORS, network_devices, ucx
-from transport.ucx_direct import Transfer, UcxFailure
+from transport.ucx_direct import CUDA, Transfer, UcxFailure
 from transport.ucx_life import WORD_BYTES, word
 from transport.ucx_pipe import UcxPipe
 from transport.ucx_receive import Slot
@@ -138,6 +138,8 @@ class UcxFabric:
         self._gate = Gate()
         self._context: Any = None
         self._worker: Any = None
+        #: Where UCX is told that memory of a device lies; None where this UCX has no CUDA.
+        self.device_memory: int | None = None
         self._address = b""
         self._pipes: dict[UcxPipe, None] = {}
         self._bulky: dict[UcxPipe, None] = {}
@@ -289,6 +291,8 @@ class UcxFabric:
         self._context = ucx.UCXContext(config, (ucx.Feature.TAG, ucx.Feature.WAKEUP))
         self._worker = ucx.UCXWorker(self._context)
         self._worker.init_blocking_progress_mode()
+        if self._context.cuda_support:
+            self.device_memory = CUDA
         self._address = self._worker.address.tobytes()
         self._gate.selector.register(self._worker.epoll_file_descriptor, selectors.EVENT_READ, self)
 

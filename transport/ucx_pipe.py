@@ -25,6 +25,7 @@ from transport.base import (
     TransportError,
 )
 from transport.bulk import BulkQueue
+from transport.device_buffers import DeviceBuffer, Landed
 from transport.tickets import again, size_bytes
 from transport.ucx_binding import ucx
 from transport.ucx_life import is_near, watch
@@ -61,7 +62,7 @@ class UcxPipe:
         self._trusted = connecting
         self._given = 0
         self._taken_bytes = self._reported_bytes = 0
-        self._inbox: deque[memoryview] = deque()
+        self._inbox: deque[memoryview | Landed] = deque()
         self._bulk = BulkQueue()
         self._fin_arrived = self._fin_answered = False
         self._ended: TransportError | None = None
@@ -71,6 +72,10 @@ class UcxPipe:
         self._out = Outbox(self._endpoint(), send_tag, self._lanes)
         self._slot = Slot(worker, receive_tag)
         self._arrivals = Arrivals(worker, receive_tag, 2 * WINDOW_BYTES, fabric._landings)
+        #: Whether parts of what is sent, and `land`, may be memory of a device.
+        self.takes_device = fabric.device_memory is not None
+        if fabric.device_memory is not None:
+            self._out.device_memory = self._arrivals.device_memory = fabric.device_memory
         fabric._pipes[self] = None
         fabric._again[self] = None
         fabric._tags.add(receive_tag)
@@ -130,14 +135,28 @@ class UcxPipe:
             return False
         return self._bulk.pump(self)
 
+    def land(self, target: DeviceBuffer | None) -> None:
+        """Receive the payload of the next message into memory of a device, if it has that size and is not here yet:
+        `take` then gives it as `Landed`. None: no more.
+        """
+        self._arrivals.landing = None if self._inbox else target
+
+    @property
+    def is_landing(self) -> bool:
+        """Whether a message is under way into memory of a device."""
+        return any(isinstance(message, Landed) for message, _ in self._arrivals.waiting)
+
     def take(self, bulk: bool = True) -> memoryview | None:
-        """The next whole message, or None. There is one queue, so `bulk` makes no difference here."""
+        """The next whole message, or None; as `Landed` where `land` was called before. There is one queue, so `bulk`
+        makes no difference here.
+        """
         if self._inbox:
-            message = self._inbox.popleft()
+            message: Any = self._inbox.popleft()
             self._taken_bytes += message.nbytes
             if self._taken_bytes - self._reported_bytes >= WINDOW_BYTES // 4 and not self._released:
                 self._report()
-            return message
+            given: memoryview = message
+            return given
         if self._ended is not None:
             raise again(self._ended)
         return None
@@ -263,6 +282,7 @@ class UcxPipe:
                 raise ChannelBroken(f"a short message of {value} bytes")
             message = memoryview(bytearray(slot[_CONTROL_BYTES : _CONTROL_BYTES + value]))
             self._given += 1
+            self._arrivals.landing = None
             if self._arrivals.waiting:
                 self._arrivals.behind(message)
             elif self._ended is None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 from transport.base import MAX_MESSAGE_BYTES, ChannelBroken
 from transport.buffers import Landings
+from transport.device_buffers import DeviceBuffer, Landed
 from transport.tickets import fresh
 from transport.ucx_direct import (
     ERRORS,
@@ -20,7 +22,7 @@ from transport.ucx_direct import (
     status_text,
     tag_recv,
 )
-from transport.ucx_wire import SLOT_BYTES, read_layout
+from transport.ucx_wire import SLOT_BYTES, Piece, read_layout
 
 
 class Slot:
@@ -82,7 +84,10 @@ class Arrivals:
         self._worker = worker
         self._tag = tag
         self._limit_bytes = limit_bytes
-        self.waiting: deque[tuple[memoryview, list[Transfer]]] = deque()
+        self.waiting: deque[tuple[memoryview | Landed, list[Transfer]]] = deque()
+        #: Where the payload of the next message goes, if it is of this size; and where UCX is told that this lies.
+        self.landing: DeviceBuffer | None = None
+        self.device_memory = HOST
         #: Bytes of the messages that wait.
         self.waiting_bytes = 0
 
@@ -101,19 +106,31 @@ class Arrivals:
         length, lane, pieces = read_layout(slot)
         if self.waiting_bytes + length > MAX_MESSAGE_BYTES + self._limit_bytes:
             raise ChannelBroken("more in flight than the window allows")
-        buffer = self._landings.take(length)
-        address = address_of(buffer) if length else 0
+        target = self._target(pieces)
+        buffer = self._landings.take(length - (0 if target is None else target.nbytes))
+        address = address_of(buffer) if buffer.nbytes else 0
         transfers = []
         for start, end, data in pieces:
             if data is not None:
                 buffer[start:end] = data
-            else:
-                request = tag_recv(self._worker, address + start, end - start, self._tag | lane, TAG_FULL, HOST)
-                transfers.append(Transfer(request, buffer, end - start))
-        self.waiting.append((buffer, transfers))
+                continue
+            where, memory = address + start, HOST
+            if start == buffer.nbytes and target is not None:
+                where, memory = target.address, self.device_memory
+            request = tag_recv(self._worker, where, end - start, self._tag | lane, TAG_FULL, memory)
+            transfers.append(Transfer(request, (buffer, target), end - start))
+        self.waiting.append((buffer if target is None else Landed(buffer, target), transfers))
         self.waiting_bytes += length
 
-    def next(self) -> memoryview | None:
+    def _target(self, pieces: Sequence[Piece]) -> DeviceBuffer | None:
+        """Where the last piece goes, if that is what `landing` waits for: it has one chance, messages are in order."""
+        target, self.landing = self.landing, None
+        if target is None or self.waiting or not pieces:
+            return None
+        last = pieces[-1]
+        return target if last.data is None and last.end - last.start == target.nbytes else None
+
+    def next(self) -> memoryview | Landed | None:
         """The next message that is whole, or None. Raises ChannelBroken where a part cannot arrive any more."""
         if not self.waiting:
             return None

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from transport.base import Buffer, Ticket
+from transport.device_buffers import DeviceBuffer
 from transport.tickets import DONE
 from transport.ucx_direct import ERRORS, HOST, Transfer, address_of, tag_send
 from transport.ucx_wire import CONTROL, DATA, SMALL_BYTES, lay_out
@@ -52,6 +53,8 @@ class Outbox:
     def __init__(self, endpoint: int, tag: int, lanes: Callable[[], Sequence[Lane]]) -> None:
         """lanes: the endpoints that long parts go over, asked for at the first long message."""
         self.failed = False
+        #: Where UCX is told that memory of a device lies.
+        self.device_memory = HOST
         #: Messages that the window holds back.
         self.held: deque[tuple[Sequence[Buffer], int, _Long | None]] = deque()
         self.sent_bytes = 0
@@ -75,7 +78,7 @@ class Outbox:
         if self.held or self.sent_bytes >= self._window:
             return self._hold(parts, length)
         self.sent_bytes += length
-        if length <= SMALL_BYTES:
+        if length <= SMALL_BYTES and not isinstance(parts[-1], DeviceBuffer):
             data = b"".join((_pack_control(DATA, 0, 0, 0, length), *parts))
             request = tag_send(self.endpoint, data, len(data), self._tag, HOST)
             if request is not None:
@@ -141,7 +144,7 @@ class Outbox:
 
     def _hold(self, parts: Sequence[Buffer], length: int) -> Ticket:
         self._held_bytes += length
-        if length <= SMALL_BYTES:
+        if length <= SMALL_BYTES and not isinstance(parts[-1], DeviceBuffer):
             self.held.append(((b"".join(parts),), length, None))
             return DONE
         ticket = _Long()
@@ -156,7 +159,11 @@ class Outbox:
         self.post(layout.control, self._tag)
         transfers = []
         for view in layout.bulk:
-            request = tag_send(lane.endpoint, address_of(view), view.nbytes, self._tag | lane.number, HOST)
+            if isinstance(view, DeviceBuffer):
+                address, memory = view.address, self.device_memory
+            else:
+                address, memory = address_of(view), HOST
+            request = tag_send(lane.endpoint, address, view.nbytes, self._tag | lane.number, memory)
             if request is not None:
                 transfers.append(Transfer(request, view, view.nbytes))
                 self._keep(transfers[-1], request)

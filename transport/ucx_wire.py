@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from transport.base import MAX_MESSAGE_BYTES, Buffer, ChannelBroken
+from transport.device_buffers import DeviceBuffer
 from transport.tickets import flat
 
 #: Kind, number of pieces, lane, a field left free, and a value: a length or a count of bytes.
@@ -34,7 +35,7 @@ class Layout(NamedTuple):
     """A long message as it is sent: the control message, and the parts that follow on the other tag."""
 
     control: bytes
-    bulk: list[memoryview]
+    bulk: list[memoryview | DeviceBuffer]
 
 
 class Piece(NamedTuple):
@@ -46,19 +47,21 @@ class Piece(NamedTuple):
 
 
 def lay_out(parts: Sequence[Buffer], length: int, lane: int = 1) -> Layout:
-    """Cut a message of `length` bytes. Many parts are joined first: a layout names at most 32.
+    """Cut a message of `length` bytes. Many parts are joined first: a layout names at most 32. Memory of a device
+    (a `DeviceBuffer`, with few other parts) always follows from where it lies.
 
     lane: what is added to the tag that the long parts follow on.
     """
-    views = [view for view in map(flat, parts) if view.nbytes]
+    views = [part if isinstance(part, DeviceBuffer) else flat(part) for part in parts]
+    views = [view for view in views if view.nbytes]
     if len(views) > _PIECES:
-        views = [memoryview(b"".join(views))]
+        views = [memoryview(b"".join(parts))]
     sizes: list[bytes] = []
     inline: list[memoryview] = []
-    bulk: list[memoryview] = []
+    bulk: list[memoryview | DeviceBuffer] = []
     room = SMALL_BYTES - _PIECES * _PIECE.size
     for view in views:
-        if view.nbytes < _BULK_BYTES and view.nbytes <= room:
+        if isinstance(view, memoryview) and view.nbytes < _BULK_BYTES and view.nbytes <= room:
             room -= view.nbytes
             sizes.append(_PIECE.pack(view.nbytes))
             inline.append(view)

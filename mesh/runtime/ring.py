@@ -258,8 +258,11 @@ class Ring:
             spent_s = 0.0 if self._group is None else self._group.spent_s
             self.decoded = self.decoded.after(max(0.0, seconds - spent_s), work)
 
-    def _packed(self, states: torch.Tensor) -> memoryview:
+    def _packed(self, states: torch.Tensor) -> memoryview | torch.Tensor:
+        """What the next stage is sent: bytes on the host, or the tensor where the channel takes it from the device."""
         if not self._a.code:
+            if states.is_cuda and self._links.next is not None and self._links.next.takes_device:
+                return states.detach().to(self._dtype).contiguous().view(-1).view(self._uint8)
             return _bytes(states, self._dtype, self._uint8)
         from mesh.runtime.codes import SAMPLED, encode, measure
 
