@@ -10,17 +10,18 @@ hold the same bits, in every run. Tensors of bfloat16 and float16 are summed in 
     hierarchy   near ranks give theirs to the first of their island, a sum goes from island to island, and back
 
 `collective_choice` picks by size and costs; `measure` replaces the assumed costs by measured ones. Ranks that are
-processes of one host need no messages: see `transport.board`. What fails at one rank fails at all, see `exchange`.
+processes of one host need no messages: see `transport.board`, and `transport.vendor_sums` for GPUs. What fails at one
+rank fails at all, see `exchange`.
 """
 
 from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from transport.base import TransportError
+from transport.base import ChannelBroken, TransportError
 from transport.board import Board, BoardUnavailable
 from transport.channel import Channel
 from transport.collective_choice import Costs, choose
@@ -28,6 +29,7 @@ from transport.exchange import SUM, Exchange
 from transport.reductions import ALGORITHMS as _ALGORITHMS
 from transport.reductions import down
 from transport.tensors import host
+from transport.vendor_sums import Look, NoVendorLibrary, VendorSums, backend_for
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 ALGORITHMS = tuple(_ALGORITHMS)
 
 #: Numbers of operations beside those of `transport.reductions`.
-_BROADCAST, _GATHER, _ALL_GATHER, _SCATTER, _COSTS, _OFFER, _VOTE = range(16, 23)
+_BROADCAST, _GATHER, _ALL_GATHER, _SCATTER, _COSTS, _OFFER, _VOTE, _DEVICE_OFFER, _DEVICE_VOTE = range(16, 25)
 
 #: Rounds of `measure`, and the bytes of its long messages.
 _ROUNDS = 20
@@ -48,13 +50,23 @@ class Group:
     channels: one for each other rank. island: how many consecutive ranks are near each other, 0 where all are alike.
     beside: whether all ranks are processes of this host that trust each other (shards of one site): then they share
     memory where they can, sealed where the channels are. All ranks have to be told the same.
+    device: where this rank's tensors lie, by torch's name; ranks beside each other with a GPU each sum through the
+    vendor's library where `vendor` names one for it.
     A rank that calls something else, or a tensor of another size or dtype, is found out and breaks the group: every
     operation raises ChannelBroken (also when a rank is lost), ChannelClosed, or DeadlineExceeded, and the group is then
     of no more use. timeout_s: None for what such tensors may take on these links. Close it at the end.
     """
 
     def __init__(
-        self, rank: int, size: int, channels: Mapping[int, Channel], *, island: int = 0, beside: bool = False
+        self,
+        rank: int,
+        size: int,
+        channels: Mapping[int, Channel],
+        *,
+        island: int = 0,
+        beside: bool = False,
+        device: str = "cpu",
+        vendor: Callable[[str], str | None] = backend_for,
     ) -> None:
         if not 0 <= rank < size:
             raise ValueError(f"rank {rank} of {size}")
@@ -71,11 +83,15 @@ class Group:
         self._timeout_s: float | None = None
         self._deadline = 0.0
         self._over: torch.Tensor | None = None
+        self._device, self._vendor = device, vendor
+        self._sums: VendorSums | None = None
 
     def close(self) -> None:
         """Release what the group holds; the channels stay open. Idempotent."""
         if self._board is not None:
             self._board.close()
+        if self._sums is not None:
+            self._sums.close()
 
     # -- operations
 
@@ -94,6 +110,10 @@ class Group:
         if self._to_meet:
             self._meet(timeout_s)
             return self.all_reduce_(tensor, timeout_s, algorithm=algorithm)
+        if self._sums is not None and algorithm is None and self._sums.suits(tensor):
+            sums = self._sums
+            self._on_devices(tensor, timeout_s, lambda look: sums.all_reduce_(tensor, look))
+            return tensor
         flat = host(tensor)
         if self._board is not None and algorithm is None:
             self._over_board(flat, timeout_s)
@@ -111,6 +131,10 @@ class Group:
             return tensor
         if self._to_meet:
             self._meet(timeout_s)
+        if self._sums is not None and self._sums.suits(tensor):
+            sums = self._sums
+            self._on_devices(tensor, timeout_s, lambda look: sums.broadcast_(tensor, root, look))
+            return tensor
         flat = host(tensor)
         if self._board is not None:
             self._over_board(flat, timeout_s, root)
@@ -216,6 +240,40 @@ class Group:
         finally:
             if board is not None and self._board is None:
                 board.close()
+        self._meet_devices(timeout_s)
+
+    def _meet_devices(self, timeout_s: float | None) -> None:
+        """The same with the library of the ranks' GPUs."""
+        backend = self._vendor(self._device)
+        sums = None if backend is None else VendorSums(self.rank, self.size, self._device, backend)
+        try:
+            offers = self._told(_DEVICE_OFFER, b"" if sums is None else sums.offer(), timeout_s)
+            if sums is None or not all(offers):
+                return
+            deadline = time.monotonic() + (self._x.allowed_s(0) if timeout_s is None else timeout_s)
+            joined = True
+            try:
+                sums.join(offers, lambda: self._x.watch(deadline))
+            except NoVendorLibrary:
+                joined = False
+            votes = self._told(_DEVICE_VOTE, b"y" if joined else b"n", timeout_s)
+            if all(vote == b"y" for vote in votes):
+                self._sums = sums
+        finally:
+            if sums is not None and self._sums is None:
+                sums.close()
+
+    def _on_devices(self, tensor: torch.Tensor, timeout_s: float | None, work: Callable[[Look], None]) -> None:
+        deadline = time.monotonic() + (self._x.allowed_s(tensor.nbytes) if timeout_s is None else timeout_s)
+        try:
+            work(lambda: self._x.watch(deadline))
+        except TransportError as error:
+            self._x.tell(error)
+            raise
+        except RuntimeError as error:  # the library's
+            broken = ChannelBroken(f"the GPUs' library: {' '.join(str(error).split())[:200]}")
+            self._x.tell(broken)
+            raise broken from error
 
     def _told(self, operation: int, word: bytes, timeout_s: float | None) -> list[bytes]:
         """Every rank's word, in order."""

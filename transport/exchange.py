@@ -147,6 +147,12 @@ class Exchange:
         left_s = min([left_s, *(due_s for due_s in due if due_s is not None)])
         wait_any((*self.fabrics, bell), left_s, spin_s=0.0)
 
+    def watch(self, deadline: float) -> None:
+        """What a rank does between two looks at something else than its channels. Raises as `rest`."""
+        if time.monotonic() >= deadline:
+            raise DeadlineExceeded("collective: a rank's GPU has not come")
+        self._look(None)
+
     def _wait(self, channel: Channel | None) -> None:
         """Until something moved. What `channel` may have brought has been looked at: nothing here takes in more of it,
         or the wait would be for a message that is there already.

@@ -373,7 +373,15 @@ class _TimedGroup:
 def _group(assignment: Assignment, links: Links, clock: Callable[[], float]) -> _TimedGroup:
     from transport.collectives import Group
 
-    return _TimedGroup(Group(assignment.rank, assignment.size, links.shards, beside=links.beside), clock)
+    group = Group(
+        assignment.rank, assignment.size, links.shards, beside=links.beside, device=_located(assignment.device)
+    )
+    return _TimedGroup(group, clock)
+
+
+def _located(device: str) -> str:
+    """As a tensor says where it lies: torch takes "cuda" for the first GPU."""
+    return "cuda:0" if device == "cuda" else device
 
 
 def _bytes(tensor: torch.Tensor, dtype: torch.dtype, uint8: torch.dtype) -> memoryview:
