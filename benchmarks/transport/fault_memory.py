@@ -56,7 +56,7 @@ def in_memory(count: int, seed: int) -> dict[str, Any]:
 def _left() -> dict[str, int]:
     gc.collect()
     return {
-        "channels": sum(isinstance(each, Channel) for each in gc.get_objects()),
+        "channels": sum(type(each) is Channel for each in gc.get_objects()),
         "descriptors": descriptors(),
     }
 

@@ -2,12 +2,12 @@
 
 Calibration is a few seconds long and best of its repeats; a device then computes for hours, beside whatever else runs
 on the machine. Its workers tell how long their steps took and what those had to do (`mesh.runtime.work`), calibration
-tells how long that should have taken (`topology.snapshot.Decoding`), and the quotient is the device's pace: 1.3 is 1.3
-times as long. Within a quarter of 1 it is not told, so that no plan moves for noise.
+tells how long that should have taken (`topology.snapshot.Decoding`), and the quotient is the device's pace: 1.8 is 1.8
+times as long. Below 1.5 it is not told: layers that are cut otherwise differ by less, and no plan is to move for noise.
 
     pace = Pace({"cpu0": {"float32": Decoding(...)}})
     pace.observe("cpu0", "float32", decoded, now)      # what was done since the last report
-    pace.told(now)                                     # {"cpu0": 1.3}, or {}
+    pace.told(now)                                     # {"cpu0": 1.8}, or {}
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ MEMORY_S: Final = 20.0
 LEAST_S: Final = 1.0
 #: Where nothing was decoded for so long, calibration is as good a guess as any.
 FORGET_S: Final = 600.0
-#: What calibration may be off by, and the step in which a pace is told: every change is a plan that may move. On a
-#: shared host equal runs were measured to differ by a fifth; a neighbour on the same cores doubles what a step takes.
-DEAD_BAND, STEP = 0.25, 0.1
-#: A pace beyond these tells of a clock or a worker that is wrong.
-LEAST_PACE, MOST_PACE = 0.2, 20.0
+#: What is told at least, and in which steps: every change is a plan that may move. On a shared host equal runs were
+#: measured to differ by a fifth, and shards of one size told 0.7 to 1.4 of another's pace; a neighbour on the same
+#: cores doubles what a step takes.
+LEAST_TOLD, STEP = 1.5, 0.1
+#: A pace beyond this tells of a clock or a worker that is wrong.
+MOST_PACE = 20.0
 
 
 @dataclass(slots=True)
@@ -76,7 +77,7 @@ class Pace:
 def _told(one: _Device, now: float) -> float:
     if now - one.last_s >= FORGET_S or one.measured_s < LEAST_S:
         return 1.0
-    pace = min(max(one.measured_s / one.expected_s, LEAST_PACE), MOST_PACE)
+    pace = min(one.measured_s / one.expected_s, MOST_PACE)
     if abs(pace - one.told) < STEP and one.told != 1.0:
         return one.told
-    return 1.0 if abs(pace - 1) < DEAD_BAND else round(pace / STEP) * STEP
+    return 1.0 if pace < LEAST_TOLD else round(pace / STEP) * STEP

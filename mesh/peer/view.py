@@ -19,7 +19,7 @@ from mesh.gossip.links import LinkReport, read
 from mesh.jobs.peers import PeerCalls
 from mesh.peer.calls import RemotePeer
 from mesh.peer.holdings import HELD, read_held
-from mesh.peer.pace import LEAST_PACE, MOST_PACE
+from mesh.peer.pace import MOST_PACE
 from mesh.peer.pairs import links_between
 from topology.displace import RunningJob
 from topology.picture import MAX_TOGETHER
@@ -270,8 +270,8 @@ def _device(entry: Mapping[str, Any], free: Mapping[str, Any], paces: Mapping[st
 
 def _pace(value: Any) -> float:
     pace = _number(value, MOST_PACE)
-    if pace < LEAST_PACE:
-        raise ValueError(f"a pace of {pace} is that of no device")
+    if pace < 1:
+        raise ValueError(f"a pace of {pace}: no device is told to be faster than it was measured")
     return pace
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mesh.peer.pace import DEAD_BAND, FORGET_S, LEAST_PACE, MOST_PACE, Pace
+from mesh.peer.pace import FORGET_S, LEAST_TOLD, MOST_PACE, STEP, Pace
 from mesh.runtime.work import Decoded
 from topology.snapshot import Decoding
 
@@ -21,19 +21,12 @@ def took(seconds):
     return SECOND._replace(seconds=seconds)
 
 
-@pytest.mark.parametrize(("seconds", "told"), [(1.2, {}), (0.8, {}), (1.5, {"cpu0": 1.5}), (1.01, {})])
+@pytest.mark.parametrize(("seconds", "told"), [(1.4, {}), (0.5, {}), (1.8, {"cpu0": 1.8}), (1.01, {})])
 def test_what_takes_longer_than_calibrated_is_told_and_noise_is_not(seconds, told):
     p = pace()
     for now in range(5):
         p.observe("cpu0", "float32", took(seconds), now)
     assert p.told(5.0) == pytest.approx(told)
-
-
-def test_a_faster_device_is_told_as_well():
-    p = pace()
-    for now in range(5):
-        p.observe("cpu0", "float32", took(0.6), now)
-    assert p.told(5.0) == pytest.approx({"cpu0": 0.6})
 
 
 def test_the_first_steps_alone_say_nothing():
@@ -44,10 +37,10 @@ def test_the_first_steps_alone_say_nothing():
 
 def test_what_was_told_does_not_move_for_a_little():
     p = pace()
-    p.observe("cpu0", "float32", took(1.5), 0.0)
-    assert p.told(0.0) == pytest.approx({"cpu0": 1.5})
-    p.observe("cpu0", "float32", took(1.6), 1.0)
-    assert p.told(1.0) == pytest.approx({"cpu0": 1.5})
+    p.observe("cpu0", "float32", took(1.8), 0.0)
+    assert p.told(0.0) == pytest.approx({"cpu0": 1.8})
+    p.observe("cpu0", "float32", took(1.85), 1.0)
+    assert p.told(1.0) == pytest.approx({"cpu0": 1.8})
 
 
 def test_a_load_that_ends_is_forgotten_as_work_goes_on():
@@ -86,4 +79,4 @@ def test_whatever_a_worker_reports_the_pace_stays_within_bounds(reports):
     p = pace()
     for now, report in enumerate(reports):
         p.observe("cpu0", "float32", Decoded(1, *report), now)
-        assert all(LEAST_PACE <= told <= MOST_PACE and abs(told - 1) >= DEAD_BAND / 2 for told in p.told(now).values())
+        assert all(LEAST_TOLD - STEP <= told <= MOST_PACE for told in p.told(now).values())
