@@ -3,7 +3,8 @@
     run ──> plan ──> deploy ──> serve ──(a shard or a site is lost)──> diagnose ──> plan ──> ...
 
 Every turn of that loop is a new epoch; workers refuse what comes under an older one, so nothing of the former turn can
-do harm. Live requests wait through a recovery and start again with the tokens they have.
+do harm. Live requests wait through a recovery and start again with the tokens they have. A turn also ends where there
+is a better way between two sites (`mesh.jobs.detours`); then the same plan is deployed again.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ from dataclasses import dataclass, replace
 import trio
 
 from mesh.errors import JobFailed, MeshError, ModelError, PeerUnreachable, PlanError, RequestError
-from mesh.jobs.deploy import DISPLACE_DEADLINE_S, ShardFailed, deploy
+from mesh.jobs.deploy import CONNECT_DEADLINE_S, DISPLACE_DEADLINE_S, ShardFailed, deploy, release
+from mesh.jobs.detours import Detours, Move, next_move
 from mesh.jobs.job import Job, wire_epoch
 from mesh.jobs.model import Inspector, ModelInfo
 from mesh.jobs.peers import View
 from mesh.jobs.replicas import Replicas
+from mesh.jobs.routes import Routes
 from mesh.jobs.serving import Serving
 from mesh.jobs.standbys import keep_standbys
+from mesh.runtime.assignment import assignments
 from mesh.wire.v1 import mesh_pb2, peer_pb2
 from topology import Constraints, Plan, TopologyError, partition
 
@@ -38,6 +42,10 @@ STALL_S = 60.0
 QUARANTINE_S = 30.0
 #: Set-ups that may fail one after the other before the job does.
 MAX_ATTEMPTS = 5
+#: Opening channels over another way: those that there were worked, so that requests do not wait long for one that does
+#: not. Twenty round trips of 0.25 s.
+MOVE_DEADLINE_S = 5.0
+_BETTER_WAY = "there is a better way"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +75,9 @@ class Coordinator:
         self.replicas = Replicas(
             job, lambda job, plan: Coordinator(job, view, inspector, on_change, spawn=spawn, first=plan), spawn
         )
-        self._first = first
+        self._made = first
+        self._detours = Detours()
+        self._move: Move | None = None
         self._view = view
         self._inspector = inspector
         self._on_change = on_change
@@ -190,6 +200,15 @@ class Coordinator:
                 if failures >= MAX_ATTEMPTS or not _worth_another_try(failure.error):
                     raise
                 loss = Loss(str(failure), await self._silent({failure.site}))
+                if self._move is not None and not loss.sites:
+                    self._detours.failed(self._move, trio.current_time())
+                    self._made = plan
+                self._move = None
+            if loss is None:
+                logger.info("job %s goes on over other ways: %s", self.job.id, self._move)
+                self._made = self._told_anew(plan)
+                self._update(state="recovering")
+                continue
             gone = f"without {', '.join(sorted(loss.sites))}" if loss.sites else "on the same sites"
             logger.warning("job %s goes on %s: %s", self.job.id, gone, loss.reason)
             for site in loss.sites:
@@ -198,8 +217,8 @@ class Coordinator:
 
     async def _next_plan(self, info: ModelInfo) -> Plan:
         """The plan of the next turn. Where a loss leaves none, replicas give way one by one. Raises TopologyError."""
-        if self._first is not None:
-            plan, self._first = self._first, None
+        if self._made is not None:
+            plan, self._made = self._made, None
             return plan
         while True:
             try:
@@ -207,6 +226,16 @@ class Coordinator:
             except TopologyError:
                 if not await self.replicas.give_way():
                     raise
+
+    def _told_anew(self, plan: Plan) -> Plan:
+        """The same plan with the figures and reasons of now; as it is, where the planner would have another."""
+        assert self._info is not None
+        try:
+            now = self.plan(self._info)
+        except TopologyError:
+            return plan
+        parts = [assignments(each, job=self.job.id, epoch=(0, ""), model="") for each in (plan, now)]
+        return replace(plan, predicted=now.predicted, why=now.why) if parts[0] == parts[1] else plan
 
     async def _displace(self, plan: Plan) -> None:
         """Have the jobs that the plan displaces end, each by its owner. One that is gone already has given way."""
@@ -225,8 +254,11 @@ class Coordinator:
                     if job in running:
                         nursery.start_soon(one, job)
 
-    async def _turn(self, plan: Plan) -> Loss:
-        """Deploy `plan`, serve until something is lost. Raises ShardFailed while deploying."""
+    async def _turn(self, plan: Plan) -> Loss | None:
+        """Deploy `plan`, serve until something is lost, or until a better way is there: then None, and `_move` says so.
+
+        Raises ShardFailed while deploying.
+        """
         send, receive = trio.open_memory_channel[tuple[str, str]](math.inf)
         self._suspects = send
         heard = dict.fromkeys(plan.sites, trio.current_time())
@@ -237,15 +269,20 @@ class Coordinator:
                 await nursery.start(self._listen, site, heard)
             failure = await self._deploy_unless_lost(plan, receive)
             if failure is None:
+                self._move = None
                 self._update(state="ready")
                 for request in self.serving.live:
                     nursery.start_soon(self.serving.start, request)
                 nursery.start_soon(self._watch_silence, plan, heard)
                 nursery.start_soon(keep_standbys, self._view, plan, self.job)
+                nursery.start_soon(self._watch_ways)
                 _, reason = await receive.receive()
             nursery.cancel_scope.cancel()
         if failure is not None:
             raise failure
+        if reason == _BETTER_WAY:
+            return None
+        self._move = None
         return Loss(reason, await self._silent(set(plan.sites)))
 
     async def _deploy_unless_lost(
@@ -256,6 +293,7 @@ class Coordinator:
         The failure is returned, not raised: it has to cross two nurseries, which would wrap it in groups.
         """
         failure: ShardFailed | None = None
+        routes = Routes(self._view, self._detours.kept(trio.current_time()))
         async with trio.open_nursery() as nursery:
 
             async def watch() -> None:
@@ -273,7 +311,10 @@ class Coordinator:
                     epoch=self.job.epoch,
                     model=self.job.model,
                     progress=lambda done, total: self.job.update(loaded_bytes=done, total_bytes=total),
+                    routes=routes,
+                    connect_s=CONNECT_DEADLINE_S if self._move is None else MOVE_DEADLINE_S,
                 )
+                self._detours.begin(routes.ways)
             except ShardFailed as error:
                 failure = error
             nursery.cancel_scope.cancel()
@@ -337,6 +378,11 @@ class Coordinator:
                 if not request.finish_reason and now - max(request.progress_at, self._stepped_at) > STALL_S:
                     self._suspect("", f"no token and no step for request {request.name} in {STALL_S:.0f} s")
 
+    async def _watch_ways(self) -> None:
+        """End the turn where the ring is to be opened anew over better ways."""
+        self._move = await next_move(self._view, self._detours, self.serving)
+        self._suspect("", _BETTER_WAY)
+
     async def _silent(self, sites: set[str]) -> frozenset[str]:
         """Which of `sites` do not answer now. Those that left or are known dead count as silent without being asked."""
         silent = {site for site in sites if site in self._lost or not self._view.alive(site)}
@@ -358,26 +404,12 @@ class Coordinator:
         return frozenset(self._lost)
 
     async def _release(self, former: Plan | None, following: Plan | None = None) -> None:
-        """End the workers of `former` that `following` does not use. Best effort: a lease ends them anyway."""
-        if former is None:
-            return
-        kept: list[tuple[str, str]] = []
-        if following is not None:
-            kept = [(s.site, s.device) for s in following.shards] + [(s.site, s.device) for s in following.standbys]
-
-        async def one(site: str) -> None:
-            keep = [device for at, device in kept if at == site]
-            message = peer_pb2.ReleaseRequest(job=self.job.id, epoch=wire_epoch(self.job.epoch), keep=keep)
-            try:
-                await self._view.peer(site).release(message)
-            except MeshError:
-                pass  # gone, or going: its workers end when their lease does
-
-        with trio.move_on_after(PING_DEADLINE_S, shield=True):
-            async with trio.open_nursery() as nursery:
-                standing_by = {standby.site for standby in former.standbys}
-                for site in {*former.sites, *standing_by} - set(self._lost):
-                    nursery.start_soon(one, site)
+        """End the workers of `former` that `following` does not use."""
+        if former is not None:
+            with trio.move_on_after(PING_DEADLINE_S, shield=True):
+                await release(
+                    self._view, former, following, job=self.job.id, epoch=self.job.epoch, lost=frozenset(self._lost)
+                )
 
     def _update(self, **changes: object) -> None:
         self.job.update(**changes)

@@ -8,7 +8,7 @@ because each end waits for the other.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,9 +79,13 @@ async def deploy(
     epoch: tuple[int, str],
     model: str,
     progress: Progress,
-    connecting: Callable[[], None] = lambda: None,
+    routes: Routes,
+    connect_s: float = CONNECT_DEADLINE_S,
 ) -> None:
-    """Bring up every shard of `plan` under `epoch`. Raises ShardFailed for the first that cannot be."""
+    """Bring up every shard of `plan` under `epoch`, its channels over `routes`, each within `connect_s`.
+
+    Raises ShardFailed for the first shard that cannot be brought up.
+    """
     parts = assignments(plan, job=job, epoch=epoch, model=model)
     shards = {shard.key: shard for stage in plan.stages for shard in stage.shards}
     addresses: dict[str, dict[str, bytes]] = {}
@@ -105,9 +109,32 @@ async def deploy(
         await view.peer(shards[key].site).connect(request)
 
     await _all(shards, prepare, PREPARE_DEADLINE_S, "loading its weights")
-    neighbours = await _neighbours(plan, job, epoch, addresses, Routes(view))
-    connecting()
-    await _all(shards, connect, CONNECT_DEADLINE_S, "connecting to its neighbours")
+    neighbours = await _neighbours(plan, job, epoch, addresses, routes)
+    await _all(shards, connect, connect_s, "connecting to its neighbours")
+
+
+async def release(
+    view: View, former: Plan, following: Plan | None, *, job: str, epoch: tuple[int, str], lost: Collection[str]
+) -> None:
+    """End the workers of `former` that `following` does not use, but at `lost` sites.
+
+    Best effort: a lease ends them anyway.
+    """
+    kept: list[tuple[str, str]] = []
+    if following is not None:
+        kept = [(s.site, s.device) for s in following.shards] + [(s.site, s.device) for s in following.standbys]
+
+    async def one(site: str) -> None:
+        keep = [device for at, device in kept if at == site]
+        try:
+            await view.peer(site).release(peer_pb2.ReleaseRequest(job=job, epoch=wire_epoch(epoch), keep=keep))
+        except MeshError:
+            pass  # gone, or going: its workers end when their lease does
+
+    async with trio.open_nursery() as nursery:
+        standing_by = {standby.site for standby in former.standbys}
+        for site in {*former.sites, *standing_by} - set(lost):
+            nursery.start_soon(one, site)
 
 
 async def _all(shards: Mapping[str, Shard], step: Callable[[str], object], deadline_s: float, doing: str) -> None:

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 PREFERENCE: Final = ("ucx", "tcp")
 
 Offers = Mapping[str, bytes]
+#: Two sites, the lesser name first.
+Pair = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +36,37 @@ class Route:
     delay_s: float = 0.0
 
 
-class Routes:
-    """The routes of one deployment. Each pair of sites is measured once."""
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a channel between two sites goes, where a relay may take part: its ends and `via`, empty where directly."""
 
-    def __init__(self, view: View) -> None:
+    connector: str
+    acceptor: str
+    wanted: Offers
+    offered: Offers
+    via: str
+
+    @property
+    def pair(self) -> Pair:
+        """Its sites."""
+        return pair_of(self.connector, self.acceptor)
+
+
+def pair_of(one: str, other: str) -> Pair:
+    """The two as a pair."""
+    return (min(one, other), max(one, other))
+
+
+class Routes:
+    """The routes of one deployment. Each pair of sites is measured once.
+
+    `kept` are relays (empty: none) that pairs keep for now, whatever the view says. `ways` is what was found.
+    """
+
+    def __init__(self, view: View, kept: Mapping[Pair, str] | None = None) -> None:
+        self.ways: list[Way] = []
         self._view = view
+        self._kept = dict(kept or {})
         self._best: dict[tuple[str, str, tuple[str, ...]], str] = {}
 
     async def find(self, connector: str, acceptor: str, wanted: Offers, offered: Offers) -> Route:
@@ -52,7 +80,13 @@ class Routes:
                 f"workers at {connector} and {acceptor} share no transport: "
                 f"one offers {', '.join(wanted) or 'none'}, the other {', '.join(offered) or 'none'}"
             )
-        via = self._view.via(connector, acceptor) if connector != acceptor else ""
+        route = await self._between(connector, acceptor, offered, common)
+        if connector != acceptor and "tcp" in common:
+            self.ways.append(Way(connector, acceptor, wanted, offered, route.via))
+        return route
+
+    async def _between(self, connector: str, acceptor: str, offered: Offers, common: tuple[str, ...]) -> Route:
+        via = self._via(connector, acceptor)
         if via and "tcp" in common:
             request = peer_pb2.RelayRequest(site=acceptor, other=connector, address=offered["tcp"])
             try:
@@ -64,6 +98,12 @@ class Routes:
                 logger.warning("%s does not relay from %s to %s: %s", via, connector, acceptor, error)
         backend = await self._choose(connector, acceptor, common)
         return Route(backend, offered[backend])
+
+    def _via(self, connector: str, acceptor: str) -> str:
+        if connector == acceptor:
+            return ""
+        kept = self._kept.get(pair_of(connector, acceptor))
+        return self._view.via(connector, acceptor) if kept is None else kept
 
     async def _choose(self, connector: str, acceptor: str, common: tuple[str, ...]) -> str:
         if len(common) == 1:

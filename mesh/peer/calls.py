@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import grpc
 
@@ -35,6 +36,24 @@ class RemotePeer(Connection):
         super().__init__(address, credentials)
         self._peer = peer_pb2_grpc.PeerStub(self._channel)
         self._identity = identity_pb2_grpc.IdentityStub(self._channel)
+        self._calls = 0
+        self._counting = threading.Lock()
+
+    @property
+    def busy(self) -> bool:
+        """Whether calls are in progress: they would end with the connection."""
+        return self._calls > 0
+
+    def begin(self, start: Callable[..., Any], request: Any, timeout: float | None = None) -> Any:
+        """As `Connection.begin`, counted while it is in progress."""
+        call = super().begin(start, request, timeout)
+        self._count(1)
+        call.add_done_callback(lambda _: self._count(-1))  # in a thread of gRPC's
+        return call
+
+    def _count(self, change: int) -> None:
+        with self._counting:
+            self._calls += change
 
     async def prepare(self, request: peer_pb2.PrepareRequest, progress: Progress) -> dict[str, bytes]:
         """See `PeerCalls.prepare`."""

@@ -82,6 +82,7 @@ class MeshView:
         self._detours: dict[str, str] = {}
         self._told_s: dict[str, float] = {}
         self._peers: dict[str, RemotePeer] = {}
+        self._former: list[RemotePeer] = []
 
     def snapshot(self) -> Snapshot:
         """Every present site whose capabilities are known, and the links between them, measured or estimated."""
@@ -186,13 +187,19 @@ class MeshView:
         return self._local if site == self.site else self.remote(site)
 
     def remote(self, site: str) -> RemotePeer:
-        """The connection to another site's peer, opened once."""
+        """The connection to another site's peer, opened once for each address.
+
+        What is under way over a former one goes on there: the reports of a job's workers, say, which are a lease.
+        """
         address = self.address(site)
         known = self._peers.get(site)
         if known is None or known.address != address:
             if known is not None:
-                known.close()
+                self._former.append(known)
             known = self._peers[site] = self._dial(site, address)
+        for old in [old for old in self._former if not old.busy]:
+            self._former.remove(old)
+            old.close()
         return known
 
     def stream(self, site: str, address: str) -> RemotePeer:
@@ -209,7 +216,7 @@ class MeshView:
 
     def close(self) -> None:
         """Close every connection."""
-        for peer in self._peers.values():
+        for peer in (*self._peers.values(), *self._former):
             peer.close()
 
 

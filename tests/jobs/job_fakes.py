@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from mesh.errors import PeerUnreachable
+from mesh.errors import DeadlineExceeded, PeerUnreachable
 from mesh.jobs.model import ModelInfo
 from mesh.wire.v1 import peer_pb2
 from topology.model import ModelSpec
@@ -52,6 +52,9 @@ class FakePeer:
         self.stopped: list[str] = []
         self.displaced: list[tuple[str, str, int]] = []
         self.assigned: list[tuple[str, int, int]] = []
+        self.neighbours: list[tuple[int, str, str]] = []
+        self.relayed: list[tuple[str, str]] = []
+        self.relay_error = None
 
     async def _answer(self):
         await trio.sleep(0.001)
@@ -63,7 +66,7 @@ class FakePeer:
     async def prepare(self, request, progress):
         await self._answer()
         progress(1, 2)
-        await trio.sleep(0.1)
+        await trio.sleep(0.1 if not self.prepared else 0.0)
         await self._answer()
         if self.prepare_error:
             raise self.prepare_error
@@ -75,6 +78,18 @@ class FakePeer:
 
     async def connect(self, request):
         await self._answer()
+        for neighbour in request.neighbours:
+            self.neighbours.append((request.epoch.counter, neighbour.name.split("/")[0], neighbour.via))
+            if not neighbour.via and frozenset((self.site, neighbour.name.split("/")[0])) in self.world.walls:
+                await trio.sleep(20)
+                raise DeadlineExceeded(f"no answer from {neighbour.name}")
+
+    async def relay(self, request):
+        await self._answer()
+        if self.relay_error:
+            raise self.relay_error
+        self.relayed.append((request.other, request.site))
+        return peer_pb2.RelayReply(address=b"through " + self.site.encode())
 
     async def start(self, request):
         await self._answer()
@@ -141,6 +156,12 @@ class World:
         self.stalled = False
         self.stepping = False
         self.first_token_s = 0.0
+        self.step_s = STEP_S
+        #: The relays of pairs, their round trips beyond 10 ms, and the pairs that do not reach each other directly,
+        #: although gossip may say so.
+        self.relays: dict[frozenset, str] = {}
+        self.rtts_s: dict[frozenset, float] = {}
+        self.walls: set[frozenset] = set()
         #: Other jobs: id -> (owner, running job).
         self.held = {}
         nursery.start_soon(self._heartbeats)
@@ -149,7 +170,11 @@ class World:
         alive = [peer for peer in self.peers.values() if not peer.dead]
         sites = tuple(Site(peer.site, "here", (self._device(peer.site),)) for peer in alive)
         names = [peer.site for peer in alive]
-        return Snapshot(sites, tuple(Link(a, b, 0.01) for a in names for b in names if a != b))
+        return Snapshot(sites, tuple(self._link(a, b) for a in names for b in names if a != b))
+
+    def _link(self, one, other):
+        pair = frozenset((one, other))
+        return Link(one, other, self.rtts_s.get(pair, 0.01), via=self.via(one, other))
 
     def _device(self, site):
         held = sum(job.held_bytes.get(f"{site}/cpu0", 0) for _, job in self.held.values())
@@ -159,7 +184,7 @@ class World:
         return self.held
 
     def via(self, one, other):
-        return ""
+        return self.relays.get(frozenset((one, other)), "")
 
     def reaches(self, one, other):
         return True
@@ -192,7 +217,7 @@ class World:
         position = len(request.tokens)
         await trio.sleep(self.first_token_s)
         while position - request.prompt_tokens < request.max_tokens:
-            await trio.sleep(STEP_S)
+            await trio.sleep(self.step_s)
             while self.stalled:
                 await trio.sleep(1)
             if any(self.peers[site].dead or self.peers[site].silent for site in plan.sites):

@@ -153,3 +153,29 @@ def test_a_site_that_claims_to_be_next_to_everybody_attracts_no_job():
     used = {shard.site for stage in plan.stages for shard in stage.shards}
     assert len(used) > 1
     assert "liar" not in used
+
+
+class FakeConnection:
+    def __init__(self, address):
+        self.address = address
+        self.busy = False
+        self.closed = False
+
+    def close(self):
+        self.closed = True
+
+
+def test_what_is_under_way_over_a_detour_goes_on_when_the_direct_way_is_back():
+    mesh = MeshView("a", FakeGossip(), object(), lambda site, address: FakeConnection(address))
+    mesh.detour("b", "127.0.0.1:99")
+    around = mesh.remote("b")
+    around.busy = True
+    mesh.detour("b", "")
+    direct = mesh.remote("b")
+    assert (around.address, direct.address) == ("127.0.0.1:99", "127.0.0.1:2")
+    assert not around.closed
+    around.busy = False
+    assert mesh.remote("b") is direct
+    assert around.closed
+    mesh.close()
+    assert direct.closed
