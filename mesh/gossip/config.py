@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, MutableSequence, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -147,7 +147,7 @@ class GossipConfig:
     cluster: str = "isthmus"
     advertise: str | None = None
     delays: Mapping[str, float] = field(default_factory=dict)
-    cut: frozenset[str] = frozenset()
+    cut: Collection[str] = ()
     rng: Randomness = field(default_factory=random.Random)
     clock: Callable[[], float] | None = None
     timing: Timing = field(default_factory=Timing)

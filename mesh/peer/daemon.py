@@ -135,7 +135,7 @@ async def open_peer(config: PeerConfig, data: DataDir) -> AsyncIterator[Peer]:
         seeds=config.join,
         cluster=DEFAULT_CLUSTER if cluster is None else cluster.identity.cluster,
         delays={address: rtt_ms / 2000.0 for address, rtt_ms in config.emulate.items()},
-        cut=frozenset(config.cut),
+        cut=config.cut,
     )
 
     async def exchange(address: str, site: str, data: bytes) -> bytes:

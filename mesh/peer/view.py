@@ -75,7 +75,7 @@ class MeshView:
         self._gossip = gossip
         self._local = local
         self._dial = dial
-        self._cut = frozenset(cut)
+        self._cut = cut
         self._clock = clock
         self._relays: dict[tuple[str, str], str] = {}
         self._relays_s = -math.inf

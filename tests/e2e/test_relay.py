@@ -1,6 +1,7 @@
 """Two sites that cannot exchange anything serve a job together, through a third."""
 
 import shutil
+import sys
 import time
 
 import pytest
@@ -12,6 +13,21 @@ from simulations.reference import reference_tokens
 
 APART = frozenset(("a", "b"))
 RTTS_MS = {frozenset(("a", "c")): 10.0, frozenset(("b", "c")): 20.0}
+REQUEST = {"prompt": "Once upon a time", "max_tokens": 12, "ignore_eos": True}
+#: `mesh up` whose cut ends when a file appears.
+HEALING = """
+import os, sys
+from mesh.cli import main
+from mesh.peer import config
+
+class Cut(tuple):
+    def __contains__(self, address):
+        return not os.path.exists({healed!r}) and super().__contains__(address)
+
+load = config.load
+config.load = lambda *args, **kwargs: (found := load(*args, **kwargs)).model_copy(update={{"cut": Cut(found.cut)}})
+sys.exit(main())
+"""
 
 
 def links_of(client):
@@ -61,12 +77,38 @@ def test_a_job_runs_over_both_with_the_right_tokens(relayed, tiny):
     fleet, client = relayed
     until(lambda: links_of(client)["a", "b"].via, CONVERGE_TIMEOUT_S)
     until(lambda: "b is reached through c" in fleet.log("a"), CONVERGE_TIMEOUT_S)
-    request = {"prompt": "Once upon a time", "max_tokens": 12, "ignore_eos": True}
     constraints = {"sites": ["a", "b"], "stages": 2, "context": 64}
     with running(client, str(tiny), constraints) as job:
         assert set(job.plan.sites) == {"a", "b"}
-        tokens = job.generate(request["prompt"], max_tokens=12, ignore_eos=True).token_ids
-    assert list(tokens) == list(reference_tokens(str(tiny), [request])[0])
+        tokens = job.generate(REQUEST["prompt"], max_tokens=12, ignore_eos=True).token_ids
+    assert list(tokens) == list(reference_tokens(str(tiny), [REQUEST])[0])
+
+
+def test_a_stream_turns_direct_in_its_midst_and_needs_the_relay_no_more(tiny, tmp_path):
+    healed = tmp_path / "healed"
+    far = {frozenset(("a", "c")): 60.0, frozenset(("b", "c")): 60.0}
+    command = (sys.executable, "-c", HEALING.format(healed=str(healed)))
+    direct_from, tokens = 0, []
+    sites = [SiteSpec(name, device()) for name in "abc"]
+    with Fleet(sites, rtts_ms=far, cut=[APART], command=command) as fleet, mesh.Mesh(fleet.address("a")) as client:
+        until(lambda: "b is reached through c" in fleet.log("a"), CONVERGE_TIMEOUT_S)
+        with running(client, str(tiny), {"sites": ["a", "b"], "stages": 2, "context": 2048}) as job:
+            assert job.refresh().epoch == 1
+            with job.stream(REQUEST["prompt"], max_tokens=2000, ignore_eos=True, idle_timeout_s=60.0) as stream:
+                for _ in stream:
+                    tokens = stream.generation.token_ids
+                    if len(tokens) == 5:
+                        healed.touch()
+                    if not direct_from and len(tokens) % 8 == 0 and job.refresh().epoch > 1:
+                        assert {link.via for link in client.topology().links} == {""}
+                        direct_from = len(tokens)
+                        fleet.kill("c")
+                    if direct_from and len(tokens) > direct_from + 100:
+                        break
+            after = job.refresh()
+            assert (after.epoch, after.state) == (2, "ready")
+        assert "goes on over other ways: a - b directly" in fleet.log("a")
+    assert list(tokens) == list(reference_tokens(str(tiny), [{**REQUEST, "max_tokens": len(tokens)}])[0])
 
 
 def test_a_site_without_the_model_gets_it_from_one_that_it_does_not_reach(tiny, tmp_path):
