@@ -45,9 +45,16 @@ def until(look, timeout_s):
 
 
 @pytest.fixture(scope="module")
-def relayed():
+def healed(tmp_path_factory):
+    """Once this file is there, the sites of `relayed` reach each other."""
+    return tmp_path_factory.mktemp("cut") / "healed"
+
+
+@pytest.fixture(scope="module")
+def relayed(healed):
     """Sites a and b that do not reach each other, and c between them."""
-    fleet = Fleet([SiteSpec(name, device()) for name in "abc"], rtts_ms=RTTS_MS, cut=[APART])
+    command = (sys.executable, "-c", HEALING.format(healed=str(healed)))
+    fleet = Fleet([SiteSpec(name, device()) for name in "abc"], rtts_ms=RTTS_MS, cut=[APART], command=command)
     with fleet, mesh.Mesh(fleet.address("a")) as client:
 
         def complete():
@@ -73,41 +80,40 @@ def test_a_pair_that_is_cut_off_is_shown_through_the_third(relayed):
     assert {links[pair].via for pair in (("a", "c"), ("b", "c"), ("c", "a"), ("c", "b"))} == {""}
 
 
-def test_a_job_runs_over_both_with_the_right_tokens(relayed, tiny):
+@pytest.fixture(scope="module")
+def job(relayed, tiny):
+    """A job on a and b, set up while they do not reach each other."""
     fleet, client = relayed
     until(lambda: links_of(client)["a", "b"].via, CONVERGE_TIMEOUT_S)
     until(lambda: "b is reached through c" in fleet.log("a"), CONVERGE_TIMEOUT_S)
-    constraints = {"sites": ["a", "b"], "stages": 2, "context": 64}
-    with running(client, str(tiny), constraints) as job:
-        assert set(job.plan.sites) == {"a", "b"}
-        tokens = job.generate(REQUEST["prompt"], max_tokens=12, ignore_eos=True).token_ids
+    with running(client, str(tiny), {"sites": ["a", "b"], "stages": 2, "context": 2048}) as job:
+        yield job
+
+
+def test_a_job_runs_over_both_with_the_right_tokens(job, tiny):
+    assert set(job.plan.sites) == {"a", "b"}
+    tokens = job.generate(REQUEST["prompt"], max_tokens=12, ignore_eos=True).token_ids
     assert list(tokens) == list(reference_tokens(str(tiny), [REQUEST])[0])
 
 
-def test_a_stream_turns_direct_in_its_midst_and_needs_the_relay_no_more(tiny, tmp_path):
-    healed = tmp_path / "healed"
-    far = {frozenset(("a", "c")): 60.0, frozenset(("b", "c")): 60.0}
-    command = (sys.executable, "-c", HEALING.format(healed=str(healed)))
+def test_a_stream_turns_direct_in_its_midst_and_needs_the_relay_no_more(relayed, healed, job, tiny):
+    fleet, client = relayed  # the last test that has use for it
     direct_from, tokens = 0, []
-    sites = [SiteSpec(name, device()) for name in "abc"]
-    with Fleet(sites, rtts_ms=far, cut=[APART], command=command) as fleet, mesh.Mesh(fleet.address("a")) as client:
-        until(lambda: "b is reached through c" in fleet.log("a"), CONVERGE_TIMEOUT_S)
-        with running(client, str(tiny), {"sites": ["a", "b"], "stages": 2, "context": 2048}) as job:
-            assert job.refresh().epoch == 1
-            with job.stream(REQUEST["prompt"], max_tokens=2000, ignore_eos=True, idle_timeout_s=60.0) as stream:
-                for _ in stream:
-                    tokens = stream.generation.token_ids
-                    if len(tokens) == 5:
-                        healed.touch()
-                    if not direct_from and len(tokens) % 8 == 0 and job.refresh().epoch > 1:
-                        assert {link.via for link in client.topology().links} == {""}
-                        direct_from = len(tokens)
-                        fleet.kill("c")
-                    if direct_from and len(tokens) > direct_from + 100:
-                        break
-            after = job.refresh()
-            assert (after.epoch, after.state) == (2, "ready")
-        assert "goes on over other ways: a - b directly" in fleet.log("a")
+    before = job.refresh().epoch
+    with job.stream(REQUEST["prompt"], max_tokens=2000, ignore_eos=True, idle_timeout_s=60.0) as stream:
+        for _ in stream:
+            tokens = stream.generation.token_ids
+            if len(tokens) == 5:
+                healed.touch()
+            if not direct_from and len(tokens) % 8 == 0 and job.refresh().epoch > before:
+                assert links_of(client)["a", "b"].via == links_of(client)["b", "a"].via == ""
+                direct_from = len(tokens)
+                fleet.kill("c")
+            if direct_from and len(tokens) > direct_from + 100:
+                break
+    after = job.refresh()
+    assert (after.epoch, after.state) == (before + 1, "ready")
+    assert "goes on over other ways: a - b directly" in fleet.log("a")
     assert list(tokens) == list(reference_tokens(str(tiny), [{**REQUEST, "max_tokens": len(tokens)}])[0])
 
 
