@@ -19,6 +19,8 @@ _KEPT_BYTES = 65 << 20
 _MIB = 1 << 20
 #: Shorter messages come out of memory that the allocator has mapped anyway.
 _LANDING_BYTES = 256 << 10
+#: Landings looked through for one to use again. Few are under way at a time, unless somebody keeps them all.
+_KNOWN = 64
 
 
 class Buffers:
@@ -69,38 +71,28 @@ class Landings:
     """Buffers that long messages are received into: one is used again once nobody holds a view of it.
 
     Whoever takes a message keeps it as long as it likes; that is seen by a weak reference to the array whose memory the
-    views show.
+    views show. The buffer that was used last is used first: the processor's cache still has it.
     """
 
     def __init__(self) -> None:
-        self._free: list[np.ndarray] = []
-        self._out: list[tuple[weakref.ref[np.ndarray], np.ndarray]] = []
+        #: Used last, first.
+        self._known: list[tuple[weakref.ref[np.ndarray], np.ndarray]] = []
+        self._known_bytes = 0
 
     def take(self, size: int) -> memoryview:
         """`size` bytes of no particular content."""
         if size < _LANDING_BYTES:
             return fresh(size)
-        self._collect()
-        fitting = [memory for memory in self._free if size <= memory.nbytes <= 2 * size]
-        if fitting:
-            memory = min(fitting, key=len)
-            self._free = [other for other in self._free if other is not memory]
+        known = self._known
+        for index, (shown, memory) in enumerate(known):
+            if shown() is None and size <= memory.nbytes <= 2 * size:
+                del known[index]
+                break
         else:
             memory = np.empty(size, np.uint8)
-        shown = memory[:size]
-        self._out.append((weakref.ref(shown), memory))
-        return shown.data
-
-    def _collect(self) -> None:
-        """Take back what nobody looks at, as much as may be kept; the memory of the rest goes with its last view."""
-        kept = sum(memory.nbytes for memory in self._free)
-        still = []
-        for shown, memory in self._out:
-            if shown() is not None:
-                if kept + memory.nbytes <= 2 * _KEPT_BYTES:
-                    still.append((shown, memory))
-                    kept += memory.nbytes
-            elif kept + memory.nbytes <= _KEPT_BYTES:
-                kept += memory.nbytes
-                self._free.append(memory)
-        self._out = still
+            self._known_bytes += memory.nbytes
+        array = memory[:size]
+        known.insert(0, (weakref.ref(array), memory))
+        while self._known_bytes > 2 * _KEPT_BYTES or len(known) > _KNOWN:
+            self._known_bytes -= known.pop()[1].nbytes  # if it is held still, it goes with its last view
+        return array.data

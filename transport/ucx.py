@@ -59,7 +59,9 @@ _HELLO_LIMIT = 4096
 
 _UNACCEPTED = 64
 _LINGER_S = 1.0
-_PROGRESS_STEPS = 32
+#: Calls of UCX's progress between two looks at what came of them.
+_STEPS = (1, 2, 4, 8)
+_CLOSING_STEPS = 32
 #: Over TCP an endpoint is a connection (ucx#4221), and one connection fills no wide link.
 _STREAMS = 4
 
@@ -195,12 +197,19 @@ class UcxFabric:
             self._dirty = False
             moved = once()
             return self._look() or moved
-        for _ in range(_PROGRESS_STEPS):
-            if not once():
+        # The first thing that arrives is looked at straight away. Where that was a part of a long message, most of what
+        # follows is too, and looking costs more than a part: so from then on not after every one.
+        for steps in _STEPS:
+            left = steps
+            while left and once():
+                left -= 1
+            if left == steps:
                 break
             moved = True
             if self._look():
                 return True
+            if left:
+                break
         if moved:
             return True  # a part of something: who waits does well to look again before it sleeps
         if self._again:
@@ -272,7 +281,7 @@ class UcxFabric:
                     pipe._expire(now)
             for pipe in tuple(self._pipes):
                 pipe._release()
-            for _ in range(_PROGRESS_STEPS):
+            for _ in range(_CLOSING_STEPS):
                 self._worker.progress_once()
             self._gate.selector.unregister(self._worker.epoll_file_descriptor)
             buffers = [transfer.kept for transfer in self._graveyard]

@@ -76,15 +76,33 @@ class Slot:
         return [] if transfer.cancel(self._worker) else [transfer]
 
 
+class _Arrival:
+    """A message that has to wait: for its parts, or for those before it."""
+
+    __slots__ = ("lane", "message", "nbytes", "pieces", "transfers")
+
+    def __init__(self, nbytes: int, lane: int = 0, pieces: Sequence[Piece] = ()) -> None:
+        self.nbytes = nbytes
+        self.lane = lane
+        #: What is still to be posted.
+        self.pieces = pieces
+        self.message: memoryview | Landed | None = None
+        self.transfers: list[Transfer] = []
+
+
 class Arrivals:
     """Messages that wait for their parts, and those behind them, in order."""
 
-    def __init__(self, worker: int, tag: int, limit_bytes: int, landings: Landings) -> None:
+    def __init__(self, worker: int, tag: int, limit_bytes: int, landings: Landings, ahead_bytes: int) -> None:
+        """ahead_bytes: no further message is received into memory while so much is on its way already."""
         self._landings = landings
         self._worker = worker
         self._tag = tag
         self._limit_bytes = limit_bytes
-        self.waiting: deque[tuple[memoryview | Landed, list[Transfer]]] = deque()
+        self._ahead_bytes = ahead_bytes
+        self._posted_bytes = 0
+        self._unposted: deque[_Arrival] = deque()
+        self.waiting: deque[_Arrival] = deque()
         #: Where the payload of the next message goes, if it is of this size; and where UCX is told that this lies.
         self.landing: DeviceBuffer | None = None
         self.device_memory = HOST
@@ -94,33 +112,51 @@ class Arrivals:
     @property
     def oldest_bytes(self) -> int:
         """Bytes of the first of them."""
-        return self.waiting[0][0].nbytes if self.waiting else 0
+        return self.waiting[0].nbytes if self.waiting else 0
+
+    @property
+    def is_landing(self) -> bool:
+        """Whether a message is under way into memory of a device."""
+        return any(isinstance(arrival.message, Landed) for arrival in self.waiting)
 
     def behind(self, message: memoryview) -> None:
         """A whole message that has to wait for those before it."""
-        self.waiting.append((message, []))
+        arrival = _Arrival(message.nbytes)
+        arrival.message = message
+        self.waiting.append(arrival)
         self.waiting_bytes += message.nbytes
 
     def begin(self, slot: memoryview) -> None:
-        """Post the receives of a long message. Raises ChannelBroken for an impossible layout."""
+        """Receive a long message, when it is its turn. Raises ChannelBroken for an impossible layout."""
         length, lane, pieces = read_layout(slot)
         if self.waiting_bytes + length > MAX_MESSAGE_BYTES + self._limit_bytes:
             raise ChannelBroken("more in flight than the window allows")
         target = self._target(pieces)
-        buffer = self._landings.take(length - (0 if target is None else target.nbytes))
+        arrival = _Arrival(length, lane, pieces)
+        self.waiting.append(arrival)
+        self.waiting_bytes += length
+        if self._posted_bytes < self._ahead_bytes and not self._unposted:
+            self._post(arrival, target)
+        else:
+            arrival.pieces = [piece.kept() for piece in pieces]
+            self._unposted.append(arrival)
+
+    def _post(self, arrival: _Arrival, target: DeviceBuffer | None = None) -> None:
+        self._posted_bytes += arrival.nbytes
+        buffer = self._landings.take(arrival.nbytes - (0 if target is None else target.nbytes))
         address = address_of(buffer) if buffer.nbytes else 0
-        transfers = []
-        for start, end, data in pieces:
+        tag, transfers = self._tag | arrival.lane, arrival.transfers
+        for start, end, data in arrival.pieces:
             if data is not None:
                 buffer[start:end] = data
                 continue
             where, memory = address + start, HOST
             if start == buffer.nbytes and target is not None:
                 where, memory = target.address, self.device_memory
-            request = tag_recv(self._worker, where, end - start, self._tag | lane, TAG_FULL, memory)
+            request = tag_recv(self._worker, where, end - start, tag, TAG_FULL, memory)
             transfers.append(Transfer(request, (buffer, target), end - start))
-        self.waiting.append((buffer if target is None else Landed(buffer, target), transfers))
-        self.waiting_bytes += length
+        arrival.pieces = ()
+        arrival.message = buffer if target is None else Landed(buffer, target)
 
     def _target(self, pieces: Sequence[Piece]) -> DeviceBuffer | None:
         """Where the last piece goes, if that is what `landing` waits for: it has one chance, messages are in order."""
@@ -134,7 +170,8 @@ class Arrivals:
         """The next message that is whole, or None. Raises ChannelBroken where a part cannot arrive any more."""
         if not self.waiting:
             return None
-        buffer, transfers = self.waiting[0]
+        arrival = self.waiting[0]
+        transfers = arrival.transfers
         while transfers and transfers[-1].completed:
             status = transfers.pop().status
             if status < 0:
@@ -142,11 +179,16 @@ class Arrivals:
         if transfers:
             return None
         self.waiting.popleft()
-        self.waiting_bytes -= buffer.nbytes
-        return buffer
+        self.waiting_bytes -= arrival.nbytes
+        if arrival.lane:
+            self._posted_bytes -= arrival.nbytes
+            while self._unposted and self._posted_bytes < self._ahead_bytes:
+                self._post(self._unposted.popleft())
+        return arrival.message
 
     def release(self) -> list[Transfer]:
         """As `Slot.release`."""
-        left = [each for _, transfers in self.waiting for each in transfers if not each.cancel(self._worker)]
+        left = [each for arrival in self.waiting for each in arrival.transfers if not each.cancel(self._worker)]
         self.waiting.clear()
+        self._unposted.clear()
         return left

@@ -45,6 +45,10 @@ class Piece(NamedTuple):
     end: int
     data: memoryview | None
 
+    def kept(self) -> Piece:
+        """Without the control message."""
+        return self if self.data is None else Piece(self.start, self.end, memoryview(bytes(self.data)))
+
 
 def lay_out(parts: Sequence[Buffer], length: int, lane: int = 1) -> Layout:
     """Cut a message of `length` bytes. Many parts are joined first: a layout names at most 32. Memory of a device
