@@ -103,7 +103,7 @@ class World:
 
     async def fetch(self, assignment: dict[str, Any], progress: Callable[[int, int], None]) -> dict[str, int]:
         """Fetch what is missing of the slices; bytes that came, by source. Raises ModelError where the fetcher dies."""
-        found: dict[str, int] = {}
+        answer: dict[str, Any] = {}
         failure: MeshError | None = None
         async with trio.open_nursery() as nursery:
 
@@ -117,13 +117,13 @@ class World:
                 answer = await self.here.call(
                     "fetch", _CALL_S, on_event, root=self.root, name="weights", assignment=assignment, cut=True
                 )
-                found = answer["fetched"]
             except MeshError as error:
                 failure = error
             nursery.cancel_scope.cancel()
         if failure is not None:
             raise failure
-        await self.here.call("release", _CALL_S, root=self.root)
+        await self.here.call("release", _CALL_S, fetch=answer["call"])
+        found: dict[str, int] = answer["fetched"]
         return found
 
     async def _introduce(self, fetch: int) -> None:

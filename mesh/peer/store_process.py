@@ -101,21 +101,25 @@ class StoreProcess:
         on_event: Callable[[dict[str, Any]], None] = lambda event: None,
         **body: Any,
     ) -> dict[str, Any]:
-        """Ask, and wait for the answer. A cancelled call is cancelled there too. Raises the error it met."""
+        """Ask, and wait for the answer, which has the call's number as "call". A cancelled call is cancelled there too,
+        and a fetch that is done there already is given back. Raises the error it met.
+        """
         child = await self.start()
         call = _Call(next(self._numbers), on_event)
         self._calls[call.number] = call
+        taken = False
         try:
             child.send(_packed({"id": call.number, "op": operation, **body}))
             with trio.move_on_after(deadline_s) as scope:
                 await call.done.wait()
+                taken = True
             if scope.cancelled_caught:
                 raise WorkerError(f"the store of weights did not answer {operation!r} within {deadline_s:.0f} s")
         except trio.BrokenResourceError:
             raise WorkerError("the store of weights is gone") from None
         finally:
             del self._calls[call.number]
-            if not call.done.is_set():
+            if not taken:
                 try:
                     child.send(_packed({"id": next(self._numbers), "op": "cancel", "other": call.number}))
                 except trio.BrokenResourceError:
@@ -123,8 +127,7 @@ class StoreProcess:
         if "error" in call.answer:
             kind = ModelMissing if call.answer.get("missing") else ModelError
             raise kind(str(call.answer["error"]))
-        found: dict[str, Any] = call.answer.get("ok", {})
-        return found
+        return {**call.answer.get("ok", {}), "call": call.number}
 
     async def _mind(self, child: Child) -> None:
         """Keep it until it ends; then whoever waits for it hears so."""

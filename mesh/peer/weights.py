@@ -202,9 +202,8 @@ class Weights:
             root = self._root_named(model)
             if root is None:
                 raise ModelError(str(missing)) from None
-            found = await self._fetch(root, Path(model).name, None, (), lambda done, total: None)
-            await self._store.call("release", STORE_S, root=root)
-            return await self._inspector(found)
+            async with self._fetched(root, Path(model).name, None, (), lambda done, total: None) as found:
+                return await self._inspector(found)
         info = await self._inspector(path)
         self._opened_here(info.path, info.spec.name)
         return info
@@ -282,17 +281,11 @@ class Weights:
             self._opened_here(path, name)
             return
         root, name, sources = _read_offer(offer)
-        found = await self._fetch(root, name, a, sources, progress, cut=cut)
-        try:
+        async with self._fetched(root, name, a, sources, progress, cut=cut) as found:
             yield Placed(found, cached=True)
-        finally:
-            with trio.move_on_after(STORE_S, shield=True):
-                try:
-                    await self._store.call("release", STORE_S, root=root)
-                except MeshError as error:
-                    logger.warning("%s", error)
 
-    async def _fetch(
+    @asynccontextmanager
+    async def _fetched(
         self,
         root: bytes,
         name: str,
@@ -301,8 +294,8 @@ class Weights:
         progress: Progress,
         *,
         cut: bool = True,
-    ) -> str:
-        """Have the store fetch; the folder to open. Raises ModelError."""
+    ) -> AsyncIterator[str]:
+        """Have the store fetch; the folder to open, kept from eviction while the block lasts. Raises ModelError."""
         ready = trio.Event()
         live: set[str] = set()
         retry_at: dict[str, float] = {}
@@ -356,18 +349,29 @@ class Weights:
         failure: MeshError | None = None
         found: dict[str, Any] = {}
         document = None if a is None else a.to_dict()
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(feed)
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(feed)
+                try:
+                    found = await self._store.call(
+                        "fetch", SCAN_S, on_event, root=root, name=name, assignment=document, cut=cut
+                    )
+                except MeshError as error:
+                    failure = error
+                nursery.cancel_scope.cancel()
+            if failure is not None:
+                raise failure
+            yield str(found["path"])
+        finally:
+            if found:
+                await self._release(int(found["call"]))
+
+    async def _release(self, fetch: int) -> None:
+        with trio.move_on_after(STORE_S, shield=True):
             try:
-                found = await self._store.call(
-                    "fetch", SCAN_S, on_event, root=root, name=name, assignment=document, cut=cut
-                )
+                await self._store.call("release", STORE_S, fetch=fetch)
             except MeshError as error:
-                failure = error
-            nursery.cancel_scope.cancel()
-        if failure is not None:
-            raise failure
-        return str(found["path"])
+                logger.warning("%s", error)
 
     async def _ticket_of(self, site: str, root: bytes, name: str) -> dict[str, Any]:
         if self._peer is None or self._view is None:

@@ -6,7 +6,9 @@
     ROOT/lock         held by workers that have the model open (`mesh.weights.presence`)
     ROOT/NAME/        the model's folder: files of full length with holes
 
-A model is evicted whole, the one that was wanted longest ago first, and never while somebody uses it.
+A model is evicted whole, the one that was wanted longest ago first, and never while somebody uses it or fetches it.
+What a fetch will bring counts from its beginning, so that several at once stay within the limit together. That is kept
+in memory alone: after a kill the room is free again, and what had come counts as what it is.
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ from mesh.errors import ModelError
 from mesh.weights.have import HaveFile
 from mesh.weights.manifest import Manifest
 from mesh.weights.presence import HAVE_FILE, LOCK_FILE, MANIFEST_FILE, NAME_FILE
+
+#: So many of those that hold the cache's room are named where it is too small.
+NAMED = 4
 
 
 class Occupant(NamedTuple):
@@ -147,6 +152,7 @@ class Cache:
         self._limit = limit
         self.models: dict[bytes, CachedModel] = {}
         self.pins: dict[bytes, int] = {}
+        self._reserved: dict[bytes, tuple[str, int]] = {}
         for home in sorted(path.iterdir()) if path.is_dir() else ():
             try:
                 root = bytes.fromhex(home.name)
@@ -168,20 +174,53 @@ class Cache:
         """What is there."""
         return [Occupant(root, model.bytes, _used_at(model)) for root, model in self.models.items()]
 
-    def make_room(self, need: int, manifest: Manifest) -> list[bytes]:
-        """Evict until `need` more bytes of `manifest`'s model fit; the roots that went. Raises ModelError."""
-        occupants = self.used()
-        limit = self._limit(sum(occupant.bytes for occupant in occupants))
-        kept = {root for root in self.models if root == manifest.root or self.pins.get(root) or self._in_use(root)}
-        chosen = victims(occupants, need, limit, kept)
+    def reserve(self, manifest: Manifest, blocks: Iterable[int]) -> list[bytes]:
+        """Keep room for these blocks of a model until `settle`; what is there needs none. The roots that were evicted.
+
+        Raises ModelError where all that could be evicted would not make room enough.
+        """
+        root, own = manifest.root, self.models.get(manifest.root)
+        need = sum(manifest.size_of(block) for block in blocks if own is None or block not in own.have)
+        used = self.used()
+        limit = self._limit(sum(each.bytes for each in used))
+        present = {each.root: each for each in used}
+        for other, (_, size) in self._reserved.items():
+            if other != root:
+                present[other] = Occupant(
+                    other, max(size, present[other].bytes if other in present else 0), time.time()
+                )
+        kept = {each for each in present if each == root or each in self._reserved or self.in_use(each)}
+        chosen = victims(present.values(), need, limit, kept)
         if chosen is None:
-            raise ModelError(
-                f"the weights of {manifest.name} need {need / 1e6:.0f} MB more than the cache has room for "
-                f"(limit {limit / 1e6:.0f} MB): raise weights_cache or free disk space in {self.path}"
-            )
-        for root in chosen:
-            self.evict(root)
+            raise ModelError(self._no_room(manifest, need, limit, [present[each] for each in kept]))
+        for each in chosen:
+            self.evict(each)
+        self._reserved[root] = (manifest.name, need + (0 if own is None else own.bytes))
         return chosen
+
+    def settle(self, root: bytes) -> None:
+        """The fetch of a model is over, one way or another: it takes what it takes."""
+        self._reserved.pop(root, None)
+
+    def _no_room(self, manifest: Manifest, need: int, limit: int, kept: list[Occupant]) -> str:
+        """What is needed, what is free, and what holds the rest, in one line."""
+        free = max(0, limit - sum(each.bytes for each in kept))
+        holders = []
+        for each in sorted(kept, key=lambda each: -each.bytes)[:NAMED]:
+            if each.bytes and each.root == manifest.root:
+                holders.append(f"{each.bytes / 1e6:.0f} MB are there of it")
+            elif each.bytes and each.root in self._reserved:
+                holders.append(
+                    f"{self._reserved[each.root][0]}, which is being fetched, holds {each.bytes / 1e6:.0f} MB"
+                )
+            elif each.bytes:
+                holders.append(f"{self.models[each.root].manifest.name}, in use, holds {each.bytes / 1e6:.0f} MB")
+        held = "".join(f", {holder}" for holder in holders)
+        return (
+            f"the weights of {manifest.name} need {need / 1e6:.0f} MB more and the cache has room for "
+            f"{free / 1e6:.0f} MB of its {limit / 1e6:.0f} MB{held}: "
+            f"raise weights_cache, free disk space in {self.path} or end what uses it"
+        )
 
     def evict(self, root: bytes) -> None:
         """Remove a model and its files."""

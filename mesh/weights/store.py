@@ -74,6 +74,7 @@ class Store:
         self._local: dict[bytes, LocalModel] = {}
         self._expected: dict[bytes, tuple[bytes, str, float]] = {}
         self._fetches: dict[int, Fetch] = {}
+        self._pinned: dict[int, bytes] = {}
         self._locks: dict[bytes, trio.Lock] = {}
         self._serving_jobs = False
 
@@ -176,7 +177,7 @@ class Store:
     async def fetch(
         self, number: int, root: bytes, name: str, assignment: dict[str, Any] | None, cut: bool
     ) -> dict[str, Any]:
-        """Bring in what `assignment` needs of a model; the folder to open. It stays pinned until `release`."""
+        """Bring in what `assignment` needs of a model; the folder to open. It stays pinned until `release(number)`."""
         part = None if assignment is None else Assignment.from_dict(assignment)
         self._cache.pins[root] = self._cache.pins.get(root, 0) + 1
         done = False
@@ -189,6 +190,7 @@ class Store:
                     if all(block in cached.have for block in needed):
                         cached.touch()
                         done = True
+                        self._pinned[number] = root
                         return {"path": str(cached.folder), "fetched": {}}
 
                 def progress(have: int, total: int) -> None:
@@ -209,11 +211,10 @@ class Store:
                     self._tell({"id": number, "ready": True})
                     manifest = found.manifest if found is not None else await fetch.manifest(root, name)
                     needed = wanted(manifest, part, cut=cut)
-                    model = found = self._cache.open(manifest)
-                    missing = sum(manifest.size_of(block) for block in needed if block not in model.have)
-                    for gone in self._cache.make_room(missing, manifest):
+                    for gone in self._cache.reserve(manifest, needed):
                         self._locks.pop(gone, None)
-                    await fetch.blocks(model, needed)
+                    found = self._cache.open(manifest)
+                    await fetch.blocks(found, needed)
 
                 self._fetches[number] = fetch
                 self._rest()
@@ -221,15 +222,17 @@ class Store:
                     await fetch.run(body)
                 finally:
                     self._fetches.pop(number, None)
+                    self._cache.settle(root)
                     self._rest()
                     self.publish()
                 assert found is not None
                 found.touch()
                 done = True
+                self._pinned[number] = root
                 return {"path": str(found.folder), "fetched": fetch.fetched}
         finally:
             if not done:
-                self.release(root)
+                self._unpin(root)
 
     def source(self, fetch: int, **ticket: Any) -> dict[str, Any]:
         """Another source for a fetch under way. Nothing happens where it is over."""
@@ -250,14 +253,19 @@ class Store:
     def _rest(self) -> None:
         self._driver.rest_s = REST_S if self._fetches and not self._serving_jobs else 0.0
 
-    def release(self, root: bytes) -> dict[str, Any]:
-        """A fetched model need not be kept any more; it is, until its room is wanted."""
+    def release(self, fetch: int) -> dict[str, Any]:
+        """What a fetch brought need not be kept any more; it is, until its room is wanted."""
+        root = self._pinned.pop(fetch, None)
+        if root is not None:
+            self._unpin(root)
+        return {}
+
+    def _unpin(self, root: bytes) -> None:
         left = self._cache.pins.get(root, 0) - 1
         if left > 0:
             self._cache.pins[root] = left
         else:
             self._cache.pins.pop(root, None)
-        return {}
 
     # -- serving
 
@@ -319,7 +327,7 @@ class Desk:
             "release": store.release,
             "source": store.source,
             "tokens": store.tokens,
-            "cancel": self._cancel,
+            "cancel": lambda other: self._cancel(store, other),
         }
         waits: dict[str, Callable[..., Awaitable[dict[str, Any]]]] = {
             "scan": store.scan,
@@ -332,11 +340,12 @@ class Desk:
             return await waits[operation](**body)
         raise RequestError(f"no operation {operation!r}")
 
-    def _cancel(self, other: int) -> dict[str, Any]:
+    def _cancel(self, store: Store, other: int) -> dict[str, Any]:
+        """End a request that nobody waits for. Where its answer is on its way already, nobody will read it."""
         scope = self._scopes.get(other)
         if scope is not None:
             scope.cancel()
-        return {}
+        return store.release(other)
 
 
 def main() -> None:

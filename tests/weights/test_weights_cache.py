@@ -124,13 +124,15 @@ def test_a_full_cache_evicts_the_model_wanted_longest_ago_but_none_that_is_open(
     old, opened, new = made
     os.utime(opened.home / HAVE_FILE, (1, 1))
     reader = Presence.of(opened.folder)
-    wanted, _ = model("wanted", 3)
-    assert cache.make_room(2 * BLOCK_BYTES, wanted) == [old.manifest.root]
+    wanted, _ = model("wanted", 7)
+    assert cache.reserve(wanted, range(2)) == [old.manifest.root]
+    cache.settle(wanted.root)
     assert not old.home.exists() and opened.home.exists() and new.home.exists()
     reader.close()
-    assert cache.make_room(3 * BLOCK_BYTES, wanted) == [opened.manifest.root]
+    assert cache.reserve(wanted, range(3)) == [opened.manifest.root]
+    cache.settle(wanted.root)
     with pytest.raises(ModelError, match="raise weights_cache"):
-        cache.make_room(6 * BLOCK_BYTES, wanted)
+        cache.reserve(wanted, range(6))
 
 
 def test_a_hole_is_an_error_and_not_zeros_until_the_block_has_come(tmp_path):
