@@ -49,12 +49,12 @@ from transport.ucx_pipe import UcxPipe
 from transport.ucx_receive import Slot
 from transport.waiting import SPIN_S, Gate, wait_any
 
-_PREFIX = b"ucx3"
+_PREFIX = b"ucx4"
 _VERSION = struct.Struct("<3B")
 _TAG = struct.Struct("<Q")
 _CHECK_BYTES = 8
 _HELLO = struct.Struct(f"<8sQQQ{WORD_BYTES}s")
-_HELLO_MAGIC = b"ISTHUCX3"
+_HELLO_MAGIC = b"ISTHUCX4"
 _HELLO_LIMIT = 4096
 
 _UNACCEPTED = 64

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 #: How long a connector waits for the listener's answer, and the end that answered a FIN keeps the endpoint for it.
 CONNECT_S = 10.0
 ANSWER_S = 0.2
-#: What is received at once from a process of this machine: two messages of 1 MiB, so that the next is announced while one
-#: arrives, but not so many that what is copied leaves the processor's cache (1 MiB: 10 GB/s so, 8 with four).
+#: What is received at once from a process of this machine: two messages of 1 MiB, so that the next is announced while
+#: one arrives, but not so many that what is copied leaves the processor's cache (1 MiB: 10 GB/s so, 8 with four).
 AHEAD_BYTES = 2 << 20
 
 _unpack_control = CONTROL.unpack_from

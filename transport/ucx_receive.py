@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 
 from transport.base import MAX_MESSAGE_BYTES, ChannelBroken
 from transport.buffers import Landings
@@ -22,7 +21,7 @@ from transport.ucx_direct import (
     status_text,
     tag_recv,
 )
-from transport.ucx_wire import SLOT_BYTES, Piece, read_layout
+from transport.ucx_wire import SLOT_BYTES, Announced, read_layout
 
 
 class Slot:
@@ -79,14 +78,13 @@ class Slot:
 class _Arrival:
     """A message that has to wait: for its parts, or for those before it."""
 
-    __slots__ = ("lane", "message", "nbytes", "pieces", "transfers")
+    __slots__ = ("is_long", "message", "nbytes", "transfers")
 
-    def __init__(self, nbytes: int, lane: int = 0, pieces: Sequence[Piece] = ()) -> None:
+    def __init__(self, nbytes: int, message: memoryview | None = None) -> None:
+        """message: one that is whole already."""
         self.nbytes = nbytes
-        self.lane = lane
-        #: What is still to be posted.
-        self.pieces = pieces
-        self.message: memoryview | Landed | None = None
+        self.is_long = message is None
+        self.message: memoryview | Landed | None = message
         self.transfers: list[Transfer] = []
 
 
@@ -101,7 +99,7 @@ class Arrivals:
         self._limit_bytes = limit_bytes
         self._ahead_bytes = ahead_bytes
         self._posted_bytes = 0
-        self._unposted: deque[_Arrival] = deque()
+        self._unposted: deque[tuple[_Arrival, Announced]] = deque()
         self.waiting: deque[_Arrival] = deque()
         #: Where the payload of the next message goes, if it is of this size; and where UCX is told that this lies.
         self.landing: DeviceBuffer | None = None
@@ -121,50 +119,44 @@ class Arrivals:
 
     def behind(self, message: memoryview) -> None:
         """A whole message that has to wait for those before it."""
-        arrival = _Arrival(message.nbytes)
-        arrival.message = message
-        self.waiting.append(arrival)
+        self.waiting.append(_Arrival(message.nbytes, message))
         self.waiting_bytes += message.nbytes
 
     def begin(self, slot: memoryview) -> None:
         """Receive a long message, when it is its turn. Raises ChannelBroken for an impossible layout."""
-        length, lane, pieces = read_layout(slot)
+        announced = read_layout(slot)
+        length = announced.length
         if self.waiting_bytes + length > MAX_MESSAGE_BYTES + self._limit_bytes:
             raise ChannelBroken("more in flight than the window allows")
-        target = self._target(pieces)
-        arrival = _Arrival(length, lane, pieces)
+        arrival = _Arrival(length)
+        target, self.landing = self.landing, None  # it has one chance, messages are in order
+        if target is not None and (self.waiting or not 0 < target.nbytes == length - announced.head_bytes):
+            target = None
         self.waiting.append(arrival)
         self.waiting_bytes += length
         if self._posted_bytes < self._ahead_bytes and not self._unposted:
-            self._post(arrival, target)
+            self._post(arrival, announced, target)
         else:
-            arrival.pieces = [piece.kept() for piece in pieces]
-            self._unposted.append(arrival)
+            self._unposted.append((arrival, announced))
 
-    def _post(self, arrival: _Arrival, target: DeviceBuffer | None = None) -> None:
-        self._posted_bytes += arrival.nbytes
-        buffer = self._landings.take(arrival.nbytes - (0 if target is None else target.nbytes))
+    def _post(self, arrival: _Arrival, announced: Announced, target: DeviceBuffer | None = None) -> None:
+        length, lane, head_bytes, head = announced
+        self._posted_bytes += length
+        buffer = self._landings.take(length if target is None else head_bytes)
         address = address_of(buffer) if buffer.nbytes else 0
-        tag, transfers = self._tag | arrival.lane, arrival.transfers
-        for start, end, data in arrival.pieces:
-            if data is not None:
-                buffer[start:end] = data
-                continue
-            where, memory = address + start, HOST
-            if start == buffer.nbytes and target is not None:
-                where, memory = target.address, self.device_memory
-            request = tag_recv(self._worker, where, end - start, tag, TAG_FULL, memory)
-            transfers.append(Transfer(request, (buffer, target), end - start))
-        arrival.pieces = ()
+        parts = []
+        if head is None:
+            parts.append((address, head_bytes, HOST))
+        else:
+            buffer[:head_bytes] = head
+        if target is not None:
+            parts.append((target.address, target.nbytes, self.device_memory))
+        elif length > head_bytes:
+            parts.append((address + head_bytes, length - head_bytes, HOST))
+        for where, size, memory in parts:
+            request = tag_recv(self._worker, where, size, self._tag | lane, TAG_FULL, memory)
+            arrival.transfers.append(Transfer(request, (buffer, target), size))
         arrival.message = buffer if target is None else Landed(buffer, target)
-
-    def _target(self, pieces: Sequence[Piece]) -> DeviceBuffer | None:
-        """Where the last piece goes, if that is what `landing` waits for: it has one chance, messages are in order."""
-        target, self.landing = self.landing, None
-        if target is None or self.waiting or not pieces:
-            return None
-        last = pieces[-1]
-        return target if last.data is None and last.end - last.start == target.nbytes else None
 
     def next(self) -> memoryview | Landed | None:
         """The next message that is whole, or None. Raises ChannelBroken where a part cannot arrive any more."""
@@ -180,10 +172,10 @@ class Arrivals:
             return None
         self.waiting.popleft()
         self.waiting_bytes -= arrival.nbytes
-        if arrival.lane:
+        if arrival.is_long:
             self._posted_bytes -= arrival.nbytes
             while self._unposted and self._posted_bytes < self._ahead_bytes:
-                self._post(self._unposted.popleft())
+                self._post(*self._unposted.popleft())
         return arrival.message
 
     def release(self) -> list[Transfer]:
