@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.transport.bare import BarePair, open_bare
-from benchmarks.transport.ranks import Ranks, open_ranks
+from benchmarks.transport.ranks import WARM_UP, Ranks, open_ranks
 from benchmarks.transport.rows import Contender, LeftOut, Options, Row, Sample, interleaved
 from transport import available
 
@@ -69,7 +69,7 @@ def rows(options: Options) -> Iterator[Row]:
 
 
 def _count(size: int) -> int:
-    return max(4, min(_MOST, _BYTES // size))
+    return max(10, min(_MOST, _BYTES // size))
 
 
 def _sample(size: int, way_s: float, each_s: float) -> Sample:
@@ -90,7 +90,7 @@ def _sockets(size: int) -> Sample:
     """Blocking sockets; the other end is a process, forked from nothing but this function's arguments."""
     count = _count(size)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        source = _PEER.format(port=server.getsockname()[1], size=size, count=count)
+        source = _PEER.format(port=server.getsockname()[1], size=size, count=count, warm_up=WARM_UP)
         with subprocess.Popen([shutil.which("python3") or "python3", "-c", source]) as process:
             try:
                 server.settimeout(_TOOL_S)
@@ -99,6 +99,9 @@ def _sockets(size: int) -> Sample:
                     near.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     near.settimeout(_TOOL_S)
                     data, buffer = bytes(size), memoryview(bytearray(size))
+                    for _ in range(WARM_UP):
+                        near.sendall(data)
+                        _read(near, buffer)
                     began = time.perf_counter()
                     for _ in range(count):
                         near.sendall(data)
@@ -134,7 +137,7 @@ def read():
         if not got:
             raise SystemExit
         at += got
-for _ in range({count}):
+for _ in range({warm_up} + {count}):
     read()
     sock.sendall(buffer)
 for _ in range({count}):
@@ -174,7 +177,7 @@ def _once(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    count = max(10, _count(size))
+    count = _count(size)
     command = [tool[0], "-p", port, *flags]
     environment = {**os.environ, **tool[1], **settings, "UCX_WARN_UNUSED_ENV_VARS": "n"}
     silent = subprocess.DEVNULL
@@ -185,7 +188,7 @@ def _once(
             for _ in range(50):  # until the server listens
                 time.sleep(0.1)
                 client = subprocess.run(
-                    [*command, "127.0.0.1", "-t", test, "-s", str(size), "-n", str(count), "-w", "5"],
+                    [*command, "127.0.0.1", "-t", test, "-s", str(size), "-n", str(count), "-w", str(WARM_UP)],
                     capture_output=True,
                     text=True,
                     env=environment,

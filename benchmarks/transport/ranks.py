@@ -20,6 +20,8 @@ from benchmarks.transport.rows import LeftOut
 
 #: Seconds that one task may take. A rank that takes longer is stuck, and the measurement is given up.
 TASK_S = 60.0
+#: Messages before those that are timed: as many as ucx_perftest is told to send.
+WARM_UP = 5
 
 
 class Ranks:
@@ -191,9 +193,20 @@ class _Tasks:
 
     def _echo(self, nbytes: int, count: int, _: int) -> float:
         """There and back `count` times; the seconds of one way."""
-        channel = self._channels[1 - self._rank]
-        payload = bytearray(nbytes)
+        return self._timed(self._turns, nbytes, count) / 2
+
+    def _stream(self, nbytes: int, count: int, _: int) -> float:
+        """`count` messages one way, and a word back; the seconds of one."""
+        return self._timed(self._flow, nbytes, count)
+
+    def _timed(self, work: Callable[[Any, bytearray, int], None], nbytes: int, count: int) -> float:
+        channel, payload = self._channels[1 - self._rank], bytearray(nbytes)
+        work(channel, payload, WARM_UP)
         began = time.perf_counter()
+        work(channel, payload, count)
+        return (time.perf_counter() - began) / count
+
+    def _turns(self, channel: Any, payload: bytearray, count: int) -> None:
         for _ in range(count):
             if self._rank == 0:
                 channel.send(b"", payload)
@@ -203,29 +216,20 @@ class _Tasks:
         while self._rank == 1 and not ticket.done:  # a long message needs its sender's help to the end
             channel.check()
             channel.fabric.progress()
-        return (time.perf_counter() - began) / count / 2
 
-    def _stream(self, nbytes: int, count: int, _: int) -> float:
-        """`count` messages one way, and a word back; the seconds of one."""
-        channel = self._channels[1 - self._rank]
+    def _flow(self, channel: Any, payload: bytearray, count: int) -> None:
         if self._rank == 1:
-            channel.receive(TASK_S)
-            began = time.perf_counter()
             for _ in range(count):
                 channel.receive(TASK_S)
             channel.send(b"done")
-            return (time.perf_counter() - began) / count
-        payload = bytearray(nbytes)
-        most = max(4 << 20, 2 * nbytes)
-        channel.send(b"begin")
-        began = time.perf_counter()
+            return
+        most = max(4 << 20, 2 * len(payload))
         for _ in range(count):
             channel.send(b"", payload)
             while channel.pending_bytes > most:
                 channel.fabric.wait(TASK_S)
                 channel.check()
         channel.receive(TASK_S)
-        return (time.perf_counter() - began) / count
 
 
 if __name__ == "__main__":
