@@ -1,24 +1,42 @@
-"""How fast bulk may go while somebody waits for small messages. Pure: the clock and the kernel's figures are arguments.
+"""How fast bulk may go. Pure: the clock and the kernel's figures are arguments.
 
 A sender that fills a link also fills the queue of the router before it, and every token then waits behind that queue:
-at 100 ms of round trip, easily for 100 ms more. So while there is urgent traffic, bulk is held at what the link
-delivers and no more, found as LEDBAT (RFC 6817) and Copa (NSDI 2018) find it: the round trip above its least ever is
-the queue. No queue: a little faster. A queue: as fast as bytes were delivered meanwhile, less what drains it. Bulk that
-competes with streams that fill queues would be starved by this, so it never goes below half of what it once got.
+at 100 ms of round trip, easily for 100 ms more. So while somebody waits for small messages, bulk is held at what the
+link delivers and no more, found as LEDBAT (RFC 6817) and Copa (NSDI 2018) find it: the round trip above its least ever
+is the queue. No queue: a little faster. A queue: as fast as bytes were delivered meanwhile, less what drains it. Bulk
+that competes with streams that fill queues would be starved by this, so it never goes below half of what it once got.
+
+While nobody waits, bulk is held too, but only where the queue grows to a good part of the round trip: many streams,
+each within what the link could carry for one alone, fill it together until it overflows. Where the queue stays
+although bulk gives way, it is somebody else's, and bulk does not give way to that.
 """
 
 from __future__ import annotations
 
+import math
+
 #: The queue that is sought, and the one that is too much. A token may be late by 5 ms; a part of that is for bursts.
 _LOW_S, _HIGH_S = 1.5e-3, 3.5e-3
-#: A step faster: 1 % a round trip, growing up to 25 % while the link shows no limit (BBR probes by 25 %).
-_STEP, _LARGEST_STEP = 0.01, 0.25
-#: Close to a limit that was seen not long ago, steps are small: what a step puts into the queue in the two round trips
-#: until its effect is seen must stay well below 5 ms, and 0.5 % of 200 ms is 1 ms.
-_CLOSE, _BEYOND, _CLOSE_STEP = 0.93, 1.02, 0.005
+#: The same while nobody waits, in shares of the round trip and at least in seconds. BBR's own probing, 25 % for a round
+#: trip, must not count as too much.
+_LOOSE_LOW, _LOOSE_HIGH = (0.1, 2e-3), (0.35, 5e-3)
+#: Cuts in turn that did not shorten the queue: it is not ours, and is not looked at for so long.
+_VAIN_CUTS, _LEAVE_S = 4, 10.0
+#: How steps become larger while no queue is seen: the first, by how much, after how many, and the largest. Far from a
+#: limit 1 % a round trip, soon 25 % (BBR probes by 25 %).
+_FAR = (0.01, 1.5, 0, 0.25)
+#: Close to a limit that was seen not long ago, in seconds of queue that a step adds in a round trip: it is two to three
+#: until the effect is seen, and that must stay well below 5 ms. Where as many steps as lead back to the limit have met
+#: none, it was no limit, or is none any more.
+_CLOSE, _CLOSE_S, _CLOSE_STEP = 0.93, (0.5e-3, 2e-3), (0.005, 0.05)
+_CLOSE_QUICKER, _CLOSE_STEPS = 1.2, 16
 #: Of the delivered rate, once its limit is known.
 _SHARE = 0.97
 _DEEPEST_CUT = 0.4
+#: Of the rate, what must be delivered before it is raised.
+_USED = 0.8
+#: In shares of the limit that was known, what a new one may be.
+_BELIEVED = (0.85, 1.05)
 #: The same where the queue is short.
 _EASE = 0.985
 #: Where to begin: nothing known; of the best known.
@@ -30,7 +48,7 @@ _SMOOTH = 0.2
 
 
 class Pace:
-    """`rate`: bytes a second for all bulk of a pipe, or None while no limit of the link was seen."""
+    """`rate`: bytes a second for all bulk of a pipe, or None while it needs no limit."""
 
     def __init__(self) -> None:
         self.rate: float | None = None
@@ -39,15 +57,13 @@ class Pace:
         self._usual = 0.0
         self._delivered = 0.0
         self._wait_until = 0.0
-        self._step = _STEP
+        #: Steps in turn that met no queue; and whether close to the limit.
+        self._free, self._close = 0, False
         self._draining = False
+        self._urgent = False
+        self._cuts = 0
         #: What the link was seen to carry when it had a queue, and when.
         self._limit = self._limit_at = 0.0
-
-    def reset(self) -> None:
-        """Nobody waits for small messages any more: no limit. What the link delivered is remembered."""
-        self.rate = None
-        self._draining = False
 
     def begin(self) -> None:
         """Bulk begins while somebody waits for small messages: start low, so that the limit is not found by passing it
@@ -55,13 +71,22 @@ class Pace:
         """
         if self.rate is None:
             self.rate = max(_START_RATE, _START_SHARE * self._best)
-            self._step = _LARGEST_STEP
+            self._free = round(math.log(_FAR[3] / _FAR[0], _FAR[1]))
 
-    def tick(self, now: float, *, rtt_s: float, least_rtt_s: float, delivered: float) -> None:
-        """Look once: now; the round trip and the least ever, seconds; bytes a second delivered since the last look.
+    def tick(self, now: float, *, rtt_s: float, least_rtt_s: float, delivered: float, urgent: bool = True) -> None:
+        """Look once: now; the round trip and the least ever, seconds; bytes a second delivered since the last look;
+        whether somebody waits for small messages.
 
         To be called about once a round trip, and not more often than the figures mean something (10 ms).
         """
+        if urgent != self._urgent:
+            self._urgent, self._cuts, self._draining = urgent, 0, False
+            self._wait_until = min(self._wait_until, now)
+            if not urgent:
+                self.rate = None
+        low_s, high_s = _LOW_S, _HIGH_S
+        if not urgent:
+            low_s, high_s = (max(share * least_rtt_s, least_s) for share, least_s in (_LOOSE_LOW, _LOOSE_HIGH))
         # Acknowledgements come in bursts where a machine is busy: a single look would make a floor above the link.
         self._usual += _SMOOTH * (delivered - self._usual)
         if now - self._best_at > _FORGET_S or self._usual > self._best:
@@ -71,40 +96,62 @@ class Pace:
             self._limit = 0.0
         if now < self._wait_until:
             return
-        if queue_s > _HIGH_S:
+        if queue_s > high_s:
+            self._cuts += 1
+            if not urgent and self._cuts > _VAIN_CUTS:
+                self.rate, self._cuts, self._draining = None, 0, False
+                self._wait_until = now + _LEAVE_S
+                return
             # What is delivered while there is a queue is what the link can carry.
             carried = self._believed(delivered)
             if self._draining:
                 carried = max(carried, self._delivered)
             self._delivered = carried
-            self._limit, self._limit_at = max(self._best, carried), now
-            cut = min(_DEEPEST_CUT, (queue_s - _LOW_S) / max(least_rtt_s, 0.01))
+            self._limit, self._limit_at = carried, now
+            cut = min(_DEEPEST_CUT, (queue_s - low_s) / max(least_rtt_s, 0.01))
             self._set(carried * (_SHARE - cut))
             self._draining = True
-            self._step = _STEP
+            self._free = 0
             # The effect of a new rate is seen a round trip later, through the queue that is still there.
             self._wait_until = now + rtt_s + least_rtt_s / 2
         elif self._draining:
             self._set(self._delivered * _SHARE)
             self._draining = False
             self._wait_until = now + rtt_s
-        elif self.rate is not None and queue_s < _LOW_S:
-            if delivered > 0.7 * self.rate:  # else it is the sender, or its windows, that are the limit
-                close = _CLOSE * self._limit < self.rate < _BEYOND * self._limit
-                self._set(self.rate * (1 + (_CLOSE_STEP if close else self._step)))
-                self._step = _STEP if close else min(_LARGEST_STEP, self._step * 1.5)
+        elif self.rate is not None and queue_s < low_s:
+            self._cuts = 0
+            if max(delivered, self._usual) > _USED * self.rate:  # else it is the sender, or its windows
+                self._set(self.rate * (1 + self._step(self.rate, least_rtt_s)))
             self._wait_until = now + least_rtt_s
         else:
-            self._step = _STEP
-            if self.rate is not None and queue_s >= _LOW_S and self._limit > 0:
+            self._free = 0
+            if self.rate is not None and queue_s >= low_s and self._limit > 0:
                 # Not much of a queue, but it would grow: a little less than what passes.
                 self._set(min(self.rate, _EASE * self._usual))
                 self._limit_at = now
                 self._wait_until = now + rtt_s + least_rtt_s / 2
 
+    def _step(self, rate: float, least_rtt_s: float) -> float:
+        close = 0 < _CLOSE * self._limit < rate
+        if close != self._close:
+            self._close, self._free = close, 0
+        first, quicker, after, largest = _FAR
+        if close:
+            trip_s = max(least_rtt_s, 0.01)
+            first, largest = (min(step, s / trip_s) for step, s in zip(_CLOSE_STEP, _CLOSE_S, strict=True))
+            quicker, after = _CLOSE_QUICKER, _CLOSE_STEPS
+        step = min(largest, first * quicker ** max(0, self._free - after))
+        self._free += 1
+        return step
+
     def _believed(self, delivered: float) -> float:
-        """One look may be too high by a tenth, and a rate above the link fills the queue until it is noticed."""
-        return delivered if not self._limit else min(delivered, self._usual)
+        """One look may be too high by a tenth, and a rate above the link fills the queue until it is noticed; or far
+        too low, where the streams themselves paused (BBR's look for the least round trip stops each for 0.2 s).
+        """
+        least, most = (share * (self._limit or self._best) for share in _BELIEVED)
+        if not self._limit:
+            return max(least, delivered)
+        return max(least, min(most, max(delivered, self._usual)))
 
     def _set(self, rate: float) -> None:
         self.rate = max(rate, _FLOOR_SHARE * self._best, _LEAST_RATE)

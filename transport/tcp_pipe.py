@@ -27,7 +27,7 @@ from transport.base import (
     TransportError,
 )
 from transport.tcp_info import tcp_info
-from transport.tcp_streams import BULK, MOST_RECORD_BYTES, MOST_STREAMS, Bundle, number_of
+from transport.tcp_streams import BULK, MOST_RECORD_BYTES, MOST_STREAMS, WAKE_BYTES, Bundle, number_of
 from transport.tickets import DONE, Pending, again, flat, fresh, size_bytes
 from transport.waiting import watch
 
@@ -178,8 +178,8 @@ class TcpPipe:
 
     @property
     def grain_bytes(self) -> int:
-        """The kernel takes and gives bytes."""
-        return 0
+        """What the kernel collects of a piece of bulk; of all else it takes and gives bytes."""
+        return WAKE_BYTES if self._bundle.streams else 0
 
     @property
     def bytes_per_s(self) -> float | None:

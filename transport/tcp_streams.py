@@ -1,13 +1,14 @@
 """Bulk over TCP: further connections of a pipe, opened when distance makes one too few.
 
 One connection carries what its window carries: over 100 ms, Linux's default of 4 to 6 MiB is half a gigabit a second,
-and a loss costs the whole of it. So bulk travels on streams of its own, four at first and up to 32, as bandwidth times
+and a loss costs the whole of it. So bulk travels on streams of its own, eight at first and up to 32, as bandwidth times
 delay, and losses, ask for. A stream that has room pulls the next piece; pieces are numbered and put in order at the
 other end. What is unsent in the kernel is bounded (TCP_NOTSENT_LOWAT), so a slow stream holds little, and the first
 connection stays free for small messages. Within a site there is one connection, and bulk takes turns with the rest.
 
 Credits keep the sender within what the receiver will hold: it may send `limit` bytes in all, and the receiver raises
-that as its user takes messages, by twice what was taken in a round trip (dynamic right-sizing, Fisk and Feng 2001).
+that as its user takes messages, by what is taken in four round trips: twice that in one is the rule (dynamic
+right-sizing, Fisk and Feng 2001), and as much again lies behind the piece of a stream that has stopped for a moment.
 """
 
 from __future__ import annotations
@@ -32,21 +33,23 @@ if TYPE_CHECKING:
 
 #: A round trip from which on further streams are worth their sockets: beyond a site.
 WIDE_RTT_S = 2e-3
-FIRST_STREAMS, MOST_STREAMS = 4, 32
+FIRST_STREAMS, MOST_STREAMS = 8, 32
 #: What one connection carries in a round trip: half of Linux's least default for a send buffer, 4 MiB, holds data.
 _STREAM_WINDOW_BYTES = 2 << 20
 #: Beyond this share of segments sent again, a loss more than the window is what limits a stream.
 _LOSSY = 0.003
-#: Losses behind a queue are congestion, which more streams make worse.
-_QUEUE_S = 3e-3
+_SEGMENTS = 1000
+#: Losses behind a queue are congestion, which more streams make worse; they are told of for a while after it.
+_QUEUE_S, _SETTLED_S = 3e-3, 1.0
 _UNSENT_BYTES = 128 * 1024
-_LEAST_PIECE_BYTES = 64 * 1024
+_LEAST_PIECE_BYTES = 16 * 1024
 #: A piece takes a stream this long at most, or the last ones of a message would be waited for.
 _PIECE_S = 0.1
 _FIRST_WINDOW_BYTES, _MOST_WINDOW_BYTES = 64 << 20, 256 << 20
+_TRIPS = 4
 #: A piece and its frame. Longer is a broken neighbour.
 MOST_RECORD_BYTES = 4 << 20
-_TICK_S = (0.02, 0.25)
+_TICK_S, _LOOK_S, _LOOKS = (0.02, 0.25), 0.01, 4
 _URGENT_S = 5.0
 #: A hello and a welcome are nobody's tokens.
 _HANDSHAKE = 2
@@ -55,6 +58,8 @@ _AGAIN_S = 10.0
 _APART_S = 1.0
 _CONNECT_S = 10.0
 _READS = 8
+#: What the kernel collects before it wakes a reader in the middle of a piece.
+WAKE_BYTES = 128 << 10
 _PRIMARY_PIECES = 4
 _SO_MAX_PACING_RATE = 47
 _UNPACED = (1 << 32) - 1
@@ -79,6 +84,7 @@ class BulkStream:
         self._body: memoryview | None = None
         self._number = 0
         self._filled = 0
+        self._wakes_at = self._collects = 1
         self.finished = False
         #: A stream starts slowly: a long piece would be waited for by those after it.
         self.piece_bytes = _LEAST_PIECE_BYTES
@@ -214,6 +220,7 @@ class BulkStream:
             try:
                 count = self._sock.recv_into(target[self._filled :])
             except BlockingIOError:
+                self._wake_at(min(target.nbytes - self._filled, self._collects))
                 return moved
             except OSError as error:
                 self._bundle.broken(error)
@@ -237,10 +244,18 @@ class BulkStream:
                     self._bundle.dishonest(f"a bulk record of {length} bytes")
                     return True
                 self._body = fresh(length)
+                # More than fits twice into the kernel's buffer would fix the buffer's size (tcp_set_rcvlowat, Linux).
+                self._collects = min(WAKE_BYTES, self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) // 8)
             else:
                 body, self._body = self._body, None
                 self._bundle.arrived(self._number, body)
         return moved
+
+    def _wake_at(self, size_bytes: int) -> None:
+        """Be told of no less: a fast stream brings some packets at a time, and each turn costs as much as 100 KiB."""
+        if size_bytes != self._wakes_at:
+            self._wakes_at = size_bytes
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size_bytes)
 
 
 class Bundle:
@@ -266,9 +281,11 @@ class Bundle:
         self._paced: tuple[int, int] | None = None
         self._urgent_at = -math.inf
         self._urgent_seen = _HANDSHAKE
-        self._tick_at = 0.0
+        self._tick_at = self._look_at = 0.0
+        self._seen_s: deque[float] = deque(maxlen=_LOOKS)
         self._acked: tuple[float, dict[BulkStream, int]] = (0.0, {})
         self._segments = (0, 0)
+        self._full_at = -math.inf
         self._rate = 0.0
         self._more_at = self._apart_by = 0.0
 
@@ -308,7 +325,7 @@ class Bundle:
     def add(self, source: Source) -> None:
         """Queue a source behind those before it."""
         if not self.sending:
-            self._tick_at = 0.0
+            self._tick_at = self._look_at = 0.0
             if self._count_urgent(time.monotonic()):
                 self.pace.begin()
                 self._apply()
@@ -421,7 +438,7 @@ class Bundle:
         since, before = self._mark
         if now - since >= rtt_s:
             in_a_trip = (self._taken_bytes - before) * rtt_s / (now - since)
-            self._window_bytes = min(_MOST_WINDOW_BYTES, max(self._window_bytes, int(2 * in_a_trip) + PIECE_BYTES))
+            self._window_bytes = min(_MOST_WINDOW_BYTES, max(self._window_bytes, int(_TRIPS * in_a_trip) + PIECE_BYTES))
             self._mark = (now, self._taken_bytes)
 
     # -- streams
@@ -489,16 +506,25 @@ class Bundle:
             stream.expire(now)
 
     def tick(self, now: float) -> None:
-        """Look at the link, about once a round trip: how many streams, how long a piece, how fast."""
-        if now < self._tick_at or not self.sending:
+        """Look at the link some times a round trip, and once a round trip settle how many streams, how long a piece,
+        how fast.
+        """
+        if now < self._look_at or not self.sending:
             return
         first = tcp_info(self._pipe._sock)
         if first is None or self._pipe._connect_by is not None:
-            self._tick_at = now + _TICK_S[1]
+            self._look_at = now + _TICK_S[1]
             return
         infos = {stream: info for stream in self.streams if stream.open and (info := stream.info()) is not None}
         least_s = min([first.min_rtt_s, *(info.min_rtt_s for info in infos.values() if info.min_rtt_s > 0)])
-        self._tick_at = now + min(_TICK_S[1], max(_TICK_S[0], least_s))
+        trip_s = min(_TICK_S[1], max(_TICK_S[0], least_s))
+        self._look_at = now + max(_LOOK_S, trip_s / _LOOKS)
+        if infos:
+            rtts = sorted(info.rtt_s for info in infos.values())
+            self._seen_s.append(rtts[len(rtts) // 4])
+        if now < self._tick_at:
+            return
+        self._tick_at = now + trip_s
         if least_s < WIDE_RTT_S and not self.streams:
             return
         since, before = self._acked
@@ -506,12 +532,10 @@ class Bundle:
         acked = sum(info.acked_bytes - before.get(stream, 0) for stream, info in infos.items())
         delivered = acked / max(now - since, 1e-3) if since else 0.0
         self._rate += 0.3 * (delivered - self._rate)
-        if self._count_urgent(now):
-            if infos and since:
-                rtts = sorted(info.rtt_s for info in infos.values())
-                self.pace.tick(now, rtt_s=rtts[len(rtts) // 4], least_rtt_s=least_s, delivered=delivered)
-        else:
-            self.pace.reset()
+        urgent = self._count_urgent(now)
+        if infos and since:
+            # A queue stays for a round trip; a machine that was busy for a moment is no queue.
+            self.pace.tick(now, rtt_s=min(self._seen_s), least_rtt_s=least_s, delivered=delivered, urgent=urgent)
         self._apply()
         for stream, info in infos.items():
             own = (info.acked_bytes - before.get(stream, info.acked_bytes)) / max(now - since, 1e-3)
@@ -541,15 +565,20 @@ class Bundle:
         have = len(self.streams)
         sent = sum(info.sent_segments for info in infos.values())
         again = sum(info.retransmitted for info in infos.values())
-        lossy = (
-            bool(infos)
-            and sent - self._segments[0] > 100
-            and again - self._segments[1] > _LOSSY * (sent - self._segments[0])
-        )
-        self._segments = (sent, again)
-        want = max(FIRST_STREAMS, math.ceil(1.5 * self._rate * least_s / _STREAM_WINDOW_BYTES))
         queue_s = min((info.rtt_s for info in infos.values()), default=0.0) - least_s
-        if lossy and queue_s < max(_QUEUE_S, 0.1 * least_s):
+        if queue_s > max(_QUEUE_S, 0.1 * least_s):
+            # The link is full, whatever the windows: more streams would only lengthen the queue.
+            self._full_at = now
+        if now - self._full_at < _SETTLED_S + 4 * least_s:
+            self._segments = (sent, again)  # a queue that ran over, and not the way, may have lost them
+            if now == self._full_at:
+                return
+        lossy = False
+        if sent - self._segments[0] >= _SEGMENTS:
+            lossy = again - self._segments[1] > _LOSSY * (sent - self._segments[0])
+            self._segments = (sent, again)
+        want = max(FIRST_STREAMS, math.ceil(self._rate * least_s / _STREAM_WINDOW_BYTES))
+        if lossy:
             want = max(want, 2 * have)
         if want > have:
             want = min(max(want, 2 * have), MOST_STREAMS)  # few steps: each new stream starts slowly
