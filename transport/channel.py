@@ -250,13 +250,15 @@ class Channel:
             if found is not None:
                 return found
         self.fabric.progress()
-        while True:
-            message = self._next()
-            if message is None:
-                return None
+        return self._arrived(kind)
+
+    def _arrived(self, kind: int | None) -> Message | None:
+        """As `poll`, of what the fabric has brought in."""
+        while (message := self._next()) is not None:
             if message.kind == kind or (kind is None and message.kind < FIRST_LANE_KIND):
                 return message
             self._put_aside(message)
+        return None
 
     def stashed(self, kind: int) -> Message | None:
         """As `poll` of a lane, among what has arrived but for which nobody asked; nothing more is taken in."""
@@ -288,10 +290,11 @@ class Channel:
             timeout_s = self.allowance_s(size_bytes)
         deadline_ns = time.monotonic_ns() + round(timeout_s * 1e9)
         # What arrives while this polls is given at once; after `Fabric.wait` it takes another turn of the fabric.
-        spin_end_ns = min(deadline_ns, time.monotonic_ns() + _SPIN_NS)
-        while time.monotonic_ns() < spin_end_ns:
-            message = self.poll(kind)
-            if message is not None:
+        # Nothing here is looked at until something has moved: half a look is what a message waits for on average.
+        progress, clock = self.fabric.progress, time.monotonic_ns
+        spin_end_ns = min(deadline_ns, clock() + _SPIN_NS)
+        while clock() < spin_end_ns:
+            if (progress() or self._line is not None) and (message := self._arrived(kind)) is not None:
                 return message
         while True:
             left_s = (deadline_ns - time.monotonic_ns()) / 1e9
@@ -427,18 +430,21 @@ class Channel:
                 raise again(self._ended) from None
             if self._silence_ns is not None:
                 self._heard_ns = self._clock()
-            if frame is None or frame.kind == HEARTBEAT:
+            if frame is None:
                 continue
-            if frame.kind == GOODBYE:
-                self._goodbye = True
-                continue
-            if frame.kind >= FIRST_INTERNAL_KIND:
+            kind, meta, payload, stamp_ns = frame
+            if kind >= FIRST_INTERNAL_KIND:
+                if kind == HEARTBEAT:
+                    continue
+                if kind == GOODBYE:
+                    self._goodbye = True
+                    continue
                 self._pipe.abort()
-                self._ended = ChannelBroken(f"{self.name}: sent a frame of unknown kind {frame.kind}")
+                self._ended = ChannelBroken(f"{self.name}: sent a frame of unknown kind {kind}")
                 raise again(self._ended)
-            message = Message(frame.kind, frame.meta, frame.payload)
+            message = Message(kind, meta, payload)
             if self._line is not None:
-                self._line.put(message, frame.stamp_ns, self._clock())
+                self._line.put(message, stamp_ns, self._clock())
             return message
 
     def _beat(self) -> None:

@@ -85,6 +85,7 @@ class FrameWriter:
         self._seal = _seal(key, lane)
         self._sequence = 0
         self._buffers = Buffers()
+        self._lends = False
 
     def write(self, kind: int, meta: bytes, payload: Buffer, stamp_ns: int) -> list[Buffer]:
         """The parts of the next frame, to be sent as one message. Unsealed, `payload` is one of them.
@@ -94,17 +95,24 @@ class FrameWriter:
         size = check_size(meta, payload)
         header = _pack_header(_MAGIC, _VERSION, kind, len(meta), size, self._sequence, stamp_ns)
         self._sequence += 1
-        if self._seal is None:
+        seal = self._seal
+        if seal is None:
             return [header + meta, payload] if size else [header + meta]
-        self._buffers.forget()
+        if self._lends:
+            self._buffers.forget()
+            self._lends = False
         if len(meta) + size <= JOINED_BYTES:
-            return [header, self._seal.seal(b"".join((meta, payload)) if size else meta, header)]
-        first = self._seal.seal(meta, header)
-        return [header + first, self._seal_long(header, flat(payload))] if size else [header, first]
+            return [header, seal.seal(b"".join((meta, payload)) if size else meta, header)]
+        first = seal.seal(meta, header)
+        if not size:
+            return [header, first]
+        self._lends = True
+        return [header + first, self._seal_long(header, flat(payload))]
 
     def sent(self, ticket: Ticket) -> None:
         """The frame written last was sent: its buffer is used again when `ticket` is done. Without this it is not."""
-        self._buffers.lend(ticket)
+        if self._lends:
+            self._buffers.lend(ticket)
 
     def _seal_long(self, header: bytes, payload: memoryview) -> memoryview:
         """The payload sealed chunk by chunk, the tags behind: each lies where the next chunk goes, and is moved."""
