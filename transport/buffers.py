@@ -74,7 +74,9 @@ class Landings:
     views show. The buffer that was used last is used first: the processor's cache still has it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most_bytes: int = 2 * _KEPT_BYTES) -> None:
+        """most_bytes: what is remembered, whether somebody holds it or not."""
+        self._most_bytes = most_bytes
         #: Used last, first.
         self._known: list[tuple[weakref.ref[np.ndarray], np.ndarray]] = []
         self._known_bytes = 0
@@ -93,6 +95,6 @@ class Landings:
             self._known_bytes += memory.nbytes
         array = memory[:size]
         known.insert(0, (weakref.ref(array), memory))
-        while self._known_bytes > 2 * _KEPT_BYTES or len(known) > _KNOWN:
+        while self._known_bytes > self._most_bytes or len(known) > _KNOWN:
             self._known_bytes -= known.pop()[1].nbytes  # if it is held still, it goes with its last view
         return array.data

@@ -27,17 +27,20 @@ from transport.base import (
     Ticket,
     TransportError,
 )
+from transport.buffers import Landings
 from transport.deadlines import PATIENCE_S, Watches, Way, allowance_s
 from transport.device_buffers import CudaStaging, DeviceBuffer, Landed, OnDevice, Staging, device_buffer
 from transport.emulate import DelayLine
 from transport.fragments import Incoming, Outgoing
 from transport.frames import (
     BULK_LANE,
+    CHUNK_BYTES,
     FIRST_INTERNAL_KIND,
     FIRST_LANE_KIND,
     FRAGMENT,
     GOODBYE,
     HEARTBEAT,
+    PART,
     Frame,
     FrameReader,
     FrameWriter,
@@ -62,6 +65,11 @@ _WAYS = ("messages to it", "bulk to it", "a message from it", "bulk from it")
 
 #: Arrived messages that nobody asked for yet. Beyond this no bulk is taken, so that its sender waits.
 _STASH_BYTES = 64 << 20
+
+#: Pieces of a long sealed message that may be under way before the next one is sealed, if that helps.
+_PARTS_BYTES = 2 << 20
+#: Memory kept for the next long message that comes in pieces.
+_LANDINGS_BYTES = 65 << 20
 
 
 class Message(NamedTuple):
@@ -100,7 +108,7 @@ class Channel:
         self._reader: FrameReader | None = None
         self._bulk_writer: FrameWriter | None = None
         self._bulk_reader: FrameReader | None = None
-        self._incoming = Incoming()
+        self._incoming, self._parts = Incoming(), Incoming(Landings(_LANDINGS_BYTES).take)
         self._welcome = None if isinstance(keys, tuple) else keys
         if isinstance(keys, tuple):
             self._use(keys)
@@ -188,6 +196,8 @@ class Channel:
             self._held_bytes += check_size(meta, payload)
             self._held.append((kind, meta, payload, held))
             return held
+        if self._sealed and check_size(meta, payload) > CHUNK_BYTES:
+            return self._send_parts(kind, meta, payload)
         now_ns = self._clock()
         self._beat_ns = now_ns
         try:
@@ -196,6 +206,28 @@ class Channel:
             raise type(error)(f"{self.name}: {error}") from None
         self._writer.sent(ticket)
         return ticket
+
+    def _send_parts(self, kind: int, meta: bytes, payload: Buffer) -> Ticket:
+        """Seal a long message piece by piece, while what is sealed already leaves.
+
+        Beyond a few pieces under way, the next one waits for them, but no longer than sealing took.
+        """
+        source = Outgoing(self._writer, kind, meta, payload, self._clock)
+        pipe, clock, progress = self._pipe, self._clock, self.fabric.progress
+        began_ns = clock()
+        try:
+            while (parts := source.pull_part()) is not None:
+                source.sent(pipe.send(parts))
+                progress()
+                self._beat_ns = now_ns = clock()
+                until_ns = 2 * now_ns - began_ns
+                while pipe.pending_bytes > _PARTS_BYTES and now_ns < until_ns:
+                    progress()
+                    now_ns = clock()
+                began_ns = clock()
+        except TransportError as error:
+            raise type(error)(f"{self.name}: {error}") from None
+        return source
 
     def _use(self, keys: Keys) -> None:
         ours, theirs = keys
@@ -416,9 +448,13 @@ class Channel:
                     self._begin(self._welcome(data))
                     continue
                 frame: Frame | None
-                if kind_of(data) == FRAGMENT:
+                claimed = kind_of(data)
+                if claimed == FRAGMENT:
                     assert self._bulk_reader is not None
-                    frame = self._incoming.add(self._bulk_reader.read(data))
+                    frame = self._incoming.add(self._bulk_reader.read(data, place=self._incoming.place))
+                    self._assembled += frame is not None
+                elif claimed == PART:
+                    frame = self._parts.add(self._reader.read(data, place=self._parts.place))
                     self._assembled += frame is not None
                 elif device is not None:
                     frame = self._reader.read(data, device.nbytes)._replace(payload=cast(memoryview, device))
@@ -470,7 +506,7 @@ class Channel:
         pipe, bulk = self._pipe, self.bulk_pending_bytes
         taking = self._stashed_bytes < _STASH_BYTES  # else nothing arrives because of this end
         missing = pipe.missing_bytes if taking else 0
-        rest = self._incoming.waiting_bytes if taking else 0
+        rest = self._incoming.waiting_bytes + self._parts.waiting_bytes if taking else 0
         grain = pipe.grain_bytes
         ways = (
             Way(pipe.pending_bytes, pipe.left_bytes, grain=grain),
@@ -515,7 +551,7 @@ class Channel:
     def _drop(self) -> None:
         self._stash.clear()
         self._stashed_bytes = 0
-        self._incoming = Incoming()
+        self._incoming, self._parts = Incoming(), Incoming()
         for source in self._held_bulk:
             source.cancel()
         self._held_bulk.clear()

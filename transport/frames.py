@@ -12,6 +12,7 @@ A cutter that turned out to be in the wrong place is not repaired: after a Frame
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import NamedTuple
 
 from cryptography.exceptions import InvalidTag
@@ -35,6 +36,7 @@ FIRST_LANE_KIND = 128
 HEARTBEAT = 200
 GOODBYE = 201
 FRAGMENT = 202
+PART = 203
 
 #: The two orders of a channel: bulk is overtaken, so it counts, and is sealed, on its own.
 ORDINARY_LANE, BULK_LANE = 0, 1
@@ -46,6 +48,9 @@ _KIND_AT = 3
 _MAGIC = 0x4953  # "IS"
 _VERSION = 2
 _pack_header = _HEADER.pack
+
+#: Given the metadata and the size of a payload: where it goes. May raise FrameError.
+Place = Callable[[bytes, int], memoryview]
 
 
 class Frame(NamedTuple):
@@ -136,22 +141,23 @@ class FrameReader:
         self._sequence = 0
         self._failed: str | None = None
 
-    def read(self, message: memoryview, elsewhere: int = 0) -> Frame:
+    def read(self, message: memoryview, elsewhere: int = 0, place: Place | None = None) -> Frame:
         """Open the next message: where it is writable it is opened in place, and belongs to the frame.
 
-        elsewhere: bytes of an unsealed payload that follow, but lie somewhere else.
+        elsewhere: bytes of an unsealed payload that follow, but lie somewhere else. place: tells where a long sealed
+        payload is opened instead; it is not asked for any other.
 
         Raises FrameError for anything that the honest writer did not write next.
         """
         if self._failed is not None:
             raise FrameError(self._failed)
         try:
-            return self._read(message, elsewhere)
+            return self._read(message, elsewhere, place)
         except FrameError as error:
             self._failed = str(error)
             raise
 
-    def _read(self, message: memoryview, elsewhere: int) -> Frame:
+    def _read(self, message: memoryview, elsewhere: int, place: Place | None) -> Frame:
         size = message.nbytes + elsewhere
         if message.nbytes < HEADER_BYTES:
             raise FrameError(f"frame of {size} bytes is shorter than a header")
@@ -177,34 +183,46 @@ class FrameReader:
                     plain = self._seal.open(message[HEADER_BYTES:], header)
                     frame = Frame(kind, plain[:meta_bytes], memoryview(plain)[meta_bytes:], stamp_ns)
                 else:
-                    meta, payload = self._open_long(message, header, meta_bytes, payload_bytes)
-                    frame = Frame(kind, meta, payload, stamp_ns)
+                    meta, sealed = self._open_meta(message, header, meta_bytes, payload_bytes)
+                    target = None if place is None else place(meta, payload_bytes)
+                    frame = Frame(kind, meta, self._open_long(sealed, header, payload_bytes, target), stamp_ns)
             except InvalidTag:
                 raise FrameError(f"the seal of frame {sequence} does not hold: tampered with, or another key") from None
         self._sequence += 1
         return frame
 
-    def _open_long(
+    def _open_meta(
         self, message: memoryview, header: bytes, meta_bytes: int, payload_bytes: int
     ) -> tuple[bytes, memoryview]:
+        """The metadata of a long frame, and what is left of it."""
+        assert self._seal is not None
+        at = HEADER_BYTES + meta_bytes + TAG_BYTES
+        if message.nbytes != at + payload_bytes + TAG_BYTES * len(_chunks(payload_bytes)):
+            raise FrameError(f"sealed frame of {message.nbytes} bytes claims {meta_bytes} + {payload_bytes}")
+        return self._seal.open(message[HEADER_BYTES:at], header), message[at:]
+
+    def _open_long(
+        self, sealed: memoryview, header: bytes, payload_bytes: int, target: memoryview | None
+    ) -> memoryview:
+        """The payload, opened in its place or into `target`."""
         assert self._seal is not None
         chunks = _chunks(payload_bytes)
-        at = HEADER_BYTES + meta_bytes + TAG_BYTES
-        if message.nbytes != at + payload_bytes + TAG_BYTES * len(chunks):
-            raise FrameError(f"sealed frame of {message.nbytes} bytes claims {meta_bytes} + {payload_bytes}")
-        meta = self._seal.open(message[HEADER_BYTES:at], header)
-        sealed = message[at:]
+        if target is not None and len(chunks) == 1:
+            self._seal.open_into(sealed, header, target)
+            return target
         if sealed.readonly:
             sealed = memoryview(bytearray(sealed))
+        if target is None:
+            target = sealed[:payload_bytes]
         tags = bytes(sealed[payload_bytes:])
         for index, (start, end) in enumerate(chunks):
             # A call wants the tag behind its chunk, where the next one begins: that is put back afterwards.
             behind = sealed[end : end + TAG_BYTES]
             kept = bytes(behind)
             behind[:] = tags[index * TAG_BYTES : (index + 1) * TAG_BYTES]
-            self._seal.open_into(sealed[start : end + TAG_BYTES], header, sealed[start:end])
+            self._seal.open_into(sealed[start : end + TAG_BYTES], header, target[start:end])
             behind[:] = kept
-        return meta, sealed[:payload_bytes]
+        return target
 
 
 def _chunks(size: int) -> list[tuple[int, int]]:
