@@ -14,31 +14,44 @@ although bulk gives way, it is somebody else's, and bulk does not give way to th
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
-#: The queue that is sought, and the one that is too much. A token may be late by 5 ms; a part of that is for bursts.
-_LOW_S, _HIGH_S = 1.5e-3, 3.5e-3
-#: The same while nobody waits, in shares of the round trip and at least in seconds. BBR's own probing, 25 % for a round
-#: trip, must not count as too much.
-_LOOSE_LOW, _LOOSE_HIGH = (0.1, 2e-3), (0.35, 5e-3)
+
+class _Manner(NamedTuple):
+    """How much of a queue is sought, and is too much: shares of the round trip, and at least seconds. What passes then:
+    of what was delivered, once the limit is known, and while the queue is between the two. How deep a cut is, of the
+    round trips that the queue has too many. How steps become larger, close to a limit that was seen not long ago: the
+    first and the largest, as seconds of queue that they add in a round trip and as shares, and after how many.
+    """
+
+    low: tuple[float, float]
+    high: tuple[float, float]
+    share: float
+    ease: float
+    depth: float
+    steps_s: tuple[float, float]
+    steps: tuple[float, float]
+    after: int
+
+
+#: A token may be late by 5 ms; a part of that is for bursts. It is two to three round trips until the effect of a step
+#: is seen. Where as many steps as lead back to the limit have met no queue, it was no limit, or is none any more.
+_CAREFUL = _Manner((0.0, 1.5e-3), (0.0, 3.5e-3), 0.97, 0.985, 1.0, (0.5e-3, 2e-3), (0.005, 0.05), 16)
+#: While nobody waits: a queue that is always there, and never so long that it runs over. BBR's own probing, 25 % for a
+#: round trip, must not count as too much.
+_LOOSE = _Manner((0.1, 2e-3), (0.35, 5e-3), 1.0, 1.0, 0.5, (2e-3, 10e-3), (0.01, 0.05), 8)
+_QUICKER = 1.2
+#: From which share of the limit on steps are those of a manner.
+_CLOSE = 0.93
+#: Far from it: the first, by how much they grow, and the largest: 1 % a round trip, soon 25 % (BBR probes by 25 %).
+_FAR = (0.01, 1.5, 0.25)
 #: Cuts in turn that did not shorten the queue: it is not ours, and is not looked at for so long.
 _VAIN_CUTS, _LEAVE_S = 4, 10.0
-#: How steps become larger while no queue is seen: the first, by how much, after how many, and the largest. Far from a
-#: limit 1 % a round trip, soon 25 % (BBR probes by 25 %).
-_FAR = (0.01, 1.5, 0, 0.25)
-#: Close to a limit that was seen not long ago, in seconds of queue that a step adds in a round trip: it is two to three
-#: until the effect is seen, and that must stay well below 5 ms. Where as many steps as lead back to the limit have met
-#: none, it was no limit, or is none any more.
-_CLOSE, _CLOSE_S, _CLOSE_STEP = 0.93, (0.5e-3, 2e-3), (0.005, 0.05)
-_CLOSE_QUICKER, _CLOSE_STEPS = 1.2, 16
-#: Of the delivered rate, once its limit is known.
-_SHARE = 0.97
 _DEEPEST_CUT = 0.4
 #: Of the rate, what must be delivered before it is raised.
 _USED = 0.8
 #: In shares of the limit that was known, what a new one may be.
 _BELIEVED = (0.85, 1.05)
-#: The same where the queue is short.
-_EASE = 0.985
 #: Where to begin: nothing known; of the best known.
 _START_RATE, _START_SHARE = float(1 << 20), 0.8
 _FLOOR_SHARE = 0.5
@@ -71,7 +84,7 @@ class Pace:
         """
         if self.rate is None:
             self.rate = max(_START_RATE, _START_SHARE * self._best)
-            self._free = round(math.log(_FAR[3] / _FAR[0], _FAR[1]))
+            self._free = round(math.log(_FAR[2] / _FAR[0], _FAR[1]))
 
     def tick(self, now: float, *, rtt_s: float, least_rtt_s: float, delivered: float, urgent: bool = True) -> None:
         """Look once: now; the round trip and the least ever, seconds; bytes a second delivered since the last look;
@@ -84,9 +97,8 @@ class Pace:
             self._wait_until = min(self._wait_until, now)
             if not urgent:
                 self.rate = None
-        low_s, high_s = _LOW_S, _HIGH_S
-        if not urgent:
-            low_s, high_s = (max(share * least_rtt_s, least_s) for share, least_s in (_LOOSE_LOW, _LOOSE_HIGH))
+        manner = _CAREFUL if urgent else _LOOSE
+        low_s, high_s = (max(share * least_rtt_s, least_s) for share, least_s in (manner.low, manner.high))
         # Acknowledgements come in bursts where a machine is busy: a single look would make a floor above the link.
         self._usual += _SMOOTH * (delivered - self._usual)
         if now - self._best_at > _FORGET_S or self._usual > self._best:
@@ -108,38 +120,39 @@ class Pace:
                 carried = max(carried, self._delivered)
             self._delivered = carried
             self._limit, self._limit_at = carried, now
-            cut = min(_DEEPEST_CUT, (queue_s - low_s) / max(least_rtt_s, 0.01))
-            self._set(carried * (_SHARE - cut))
+            cut = min(_DEEPEST_CUT, manner.depth * (queue_s - low_s) / max(least_rtt_s, 0.01))
+            self._set(carried * (manner.share - cut))
             self._draining = True
             self._free = 0
             # The effect of a new rate is seen a round trip later, through the queue that is still there.
             self._wait_until = now + rtt_s + least_rtt_s / 2
         elif self._draining:
-            self._set(self._delivered * _SHARE)
+            self._set(self._delivered * manner.share)
             self._draining = False
             self._wait_until = now + rtt_s
         elif self.rate is not None and queue_s < low_s:
             self._cuts = 0
             if max(delivered, self._usual) > _USED * self.rate:  # else it is the sender, or its windows
-                self._set(self.rate * (1 + self._step(self.rate, least_rtt_s)))
+                self._set(self.rate * (1 + self._step(self.rate, least_rtt_s, manner)))
             self._wait_until = now + least_rtt_s
         else:
             self._free = 0
             if self.rate is not None and queue_s >= low_s and self._limit > 0:
                 # Not much of a queue, but it would grow: a little less than what passes.
-                self._set(min(self.rate, _EASE * self._usual))
+                self._set(min(self.rate, manner.ease * self._usual))
                 self._limit_at = now
                 self._wait_until = now + rtt_s + least_rtt_s / 2
 
-    def _step(self, rate: float, least_rtt_s: float) -> float:
+    def _step(self, rate: float, least_rtt_s: float, manner: _Manner) -> float:
         close = 0 < _CLOSE * self._limit < rate
         if close != self._close:
             self._close, self._free = close, 0
-        first, quicker, after, largest = _FAR
+        first, quicker, largest = _FAR
+        after = 0
         if close:
             trip_s = max(least_rtt_s, 0.01)
-            first, largest = (min(step, s / trip_s) for step, s in zip(_CLOSE_STEP, _CLOSE_S, strict=True))
-            quicker, after = _CLOSE_QUICKER, _CLOSE_STEPS
+            first, largest = (min(step, s / trip_s) for step, s in zip(manner.steps, manner.steps_s, strict=True))
+            quicker, after = _QUICKER, manner.after
         step = min(largest, first * quicker ** max(0, self._free - after))
         self._free += 1
         return step
@@ -148,10 +161,11 @@ class Pace:
         """One look may be too high by a tenth, and a rate above the link fills the queue until it is noticed; or far
         too low, where the streams themselves paused (BBR's look for the least round trip stops each for 0.2 s).
         """
-        least, most = (share * (self._limit or self._best) for share in _BELIEVED)
-        if not self._limit:
-            return max(least, delivered)
-        return max(least, min(most, max(delivered, self._usual)))
+        least, most = _BELIEVED
+        known = self._limit or self._best
+        if self._limit:
+            delivered = min(max(delivered, self._usual), most * max(known, self._usual))
+        return max(least * known, delivered)
 
     def _set(self, rate: float) -> None:
         self.rate = max(rate, _FLOOR_SHARE * self._best, _LEAST_RATE)

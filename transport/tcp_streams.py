@@ -39,6 +39,8 @@ _STREAM_WINDOW_BYTES = 2 << 20
 #: Beyond this share of segments sent again, a loss more than the window is what limits a stream.
 _LOSSY = 0.003
 _SEGMENTS = 1000
+#: Without a loss for so long, a stream loses nothing. BBR pauses after 10 s.
+_STEADY_S = 4.0
 #: Losses behind a queue are congestion, which more streams make worse; they are told of for a while after it.
 _QUEUE_S, _SETTLED_S = 3e-3, 1.0
 _UNSENT_BYTES = 128 * 1024
@@ -90,12 +92,8 @@ class BulkStream:
         self.piece_bytes = _LEAST_PIECE_BYTES
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
-        if hasattr(socket, "TCP_CONGESTION"):
-            try:
-                # Losses that are not congestion cost BBR little (Cardwell et al., ACM Queue 2016).
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
-            except OSError:
-                pass  # this kernel has it not, or not for everybody: its own will do
+        self._steady = True
+        self.steady(False)
         self._events = selectors.EVENT_READ | selectors.EVENT_WRITE
         bundle.selector.register(sock, self._events, self)
 
@@ -129,6 +127,23 @@ class BulkStream:
             self._sock.setsockopt(socket.SOL_SOCKET, _SO_MAX_PACING_RATE, struct.pack("=I", bytes_per_s))
         except OSError:
             pass  # a kernel without pacing: tokens wait longer
+
+    def steady(self, steady: bool) -> None:
+        """Whether the stream has found its rate and loses nothing.
+
+        Until then BBR, which losses that are not congestion cost little (Cardwell et al., ACM Queue 2016). But every
+        10 s that stops for 0.2 s to see the least round trip, all streams at once; afterwards `transport.pace` holds
+        them to their rate, and any algorithm that keeps its window will do.
+        """
+        if steady == self._steady or not hasattr(socket, "TCP_CONGESTION"):
+            return
+        self._steady = steady
+        for congestion in (b"cubic", b"reno") if steady else (b"bbr",):
+            try:
+                self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, congestion)
+                return
+            except OSError:
+                pass  # this kernel has it not, or not for everybody: what it has will do
 
     def watch(self) -> None:
         """Ask the selector for what this stream waits for."""
@@ -286,6 +301,7 @@ class Bundle:
         self._acked: tuple[float, dict[BulkStream, int]] = (0.0, {})
         self._segments = (0, 0)
         self._full_at = -math.inf
+        self._lost = (time.monotonic(), 0)
         self._rate = 0.0
         self._more_at = self._apart_by = 0.0
 
@@ -537,7 +553,11 @@ class Bundle:
             # A queue stays for a round trip; a machine that was busy for a moment is no queue.
             self.pace.tick(now, rtt_s=min(self._seen_s), least_rtt_s=least_s, delivered=delivered, urgent=urgent)
         self._apply()
+        again = sum(info.retransmitted for info in infos.values())
+        if again != self._lost[1]:
+            self._lost = (now, again)
         for stream, info in infos.items():
+            stream.steady(self.pace.rate is not None and now - self._lost[0] > _STEADY_S)
             own = (info.acked_bytes - before.get(stream, info.acked_bytes)) / max(now - since, 1e-3)
             stream.piece_bytes = round(min(PIECE_BYTES, max(_LEAST_PIECE_BYTES, own * _PIECE_S)))
         self._grow(now, least_s, infos)

@@ -59,6 +59,20 @@ def test_without_tokens_bulk_fills_the_link_and_not_its_queue(rtt_s):
     assert sorted(queues)[round(0.95 * len(queues))] < max(0.5 * rtt_s, 0.06)
 
 
+@pytest.mark.parametrize("urgent", [False, True])
+def test_a_limit_that_was_taken_for_too_low_is_raised_by_what_passes(urgent):
+    link, pace, now = Pipeline(20e6, 0.05), Pace(), 0.0
+    pace.begin()
+    for turn in range(240):
+        now += 0.05
+        seen_s, got = link.turn(pace.rate or 15e6)
+        # At first the streams lose packets, and deliver less than the link would.
+        queue_s, got = (0.03, 6e6) if turn < 8 else (seen_s - 0.05, got)
+        pace.tick(now, rtt_s=0.05 + max(0.0, queue_s), least_rtt_s=0.05, delivered=got, urgent=urgent)
+        if turn >= 160:
+            assert pace.rate > 15e6
+
+
 def test_without_tokens_bulk_does_not_give_way_to_a_queue_of_others():
     pace, now, held = Pace(), 0.0, 0
     for _ in range(600):
