@@ -286,7 +286,8 @@ class Channel:
 
     def _arrived(self, kind: int | None) -> Message | None:
         """As `poll`, of what the fabric has brought in."""
-        while (message := self._next()) is not None:
+        pull = self._pull if self._line is None else self._due
+        while (message := pull()) is not None:
             if message.kind == kind or (kind is None and message.kind < FIRST_LANE_KIND):
                 return message
             self._put_aside(message)
@@ -301,7 +302,7 @@ class Channel:
 
         Raises ChannelClosed or ChannelBroken. Messages that arrive meanwhile are kept for `poll`.
         """
-        message = self._next()
+        message = self._pull() if self._line is None else self._due()
         if message is not None:
             self._put_aside(message)
 
@@ -405,11 +406,10 @@ class Channel:
                 return message
         return None
 
-    def _next(self) -> Message | None:
-        line = self._line
-        if line is None:
-            return self._pull()
-        now_ns = self._clock()
+    def _due(self) -> Message | None:
+        """The next message that has passed the delay line."""
+        line, now_ns = self._line, self._clock()
+        assert line is not None
         # The line is filled first, so that messages start to count when they arrive, then emptied of what is due.
         ended: TransportError | None = None
         try:

@@ -173,7 +173,8 @@ class FrameReader:
             if size != HEADER_BYTES + body:
                 raise FrameError(f"frame of {size} bytes claims {HEADER_BYTES + body}")
             split = HEADER_BYTES + meta_bytes
-            frame = Frame(kind, bytes(message[HEADER_BYTES:split]), message[split:], stamp_ns)
+            meta = bytes(message[HEADER_BYTES:split]) if meta_bytes else b""
+            frame = Frame(kind, meta, message[split:], stamp_ns)
         else:
             header = bytes(message[:HEADER_BYTES])
             try:

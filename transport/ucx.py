@@ -37,7 +37,7 @@ import selectors
 import struct
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transport.base import AddressError
@@ -140,6 +140,7 @@ class UcxFabric:
         self._gate = Gate()
         self._context: Any = None
         self._worker: Any = None
+        self._once: Callable[[], bool] | None = None
         #: Where UCX is told that memory of a device lies; None where this UCX has no CUDA.
         self.device_memory: int | None = None
         self._address = b""
@@ -186,13 +187,13 @@ class UcxFabric:
 
     def progress(self) -> bool:
         """Let UCX work, then look at what completed."""
-        worker = self._worker
-        if worker is None:
+        once = self._once
+        if once is None:
             return False
         if self._bulky:
             for pipe in tuple(self._bulky):
                 pipe.pump()
-        once, moved = worker.progress_once, False
+        moved = False
         if self._dirty:
             self._dirty = False
             moved = once()
@@ -288,7 +289,7 @@ class UcxFabric:
             for transfer in self._graveyard:
                 transfer.abandon()
             self._graveyard.clear()
-            self._worker = self._context = None
+            self._worker = self._context = self._once = None
             del buffers  # UCX may have written into them up to here
         self._gate.close()
 
@@ -300,6 +301,7 @@ class UcxFabric:
         self._context = ucx.UCXContext(config, (ucx.Feature.TAG, ucx.Feature.WAKEUP))
         self._worker = ucx.UCXWorker(self._context)
         self._worker.init_blocking_progress_mode()
+        self._once = self._worker.progress_once
         if self._context.cuda_support:
             self.device_memory = CUDA
         self._address = self._worker.address.tobytes()
