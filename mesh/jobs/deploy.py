@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgpack
@@ -18,10 +18,11 @@ import trio
 from mesh.errors import DeadlineExceeded, MeshError
 from mesh.jobs.job import wire_epoch
 from mesh.jobs.peers import Progress, View, load_shard
-from mesh.jobs.routes import Routes
+from mesh.jobs.routes import Routes, bytes_per_s
 from mesh.runtime.assignment import Assignment, assignments
 from mesh.wire.v1 import peer_pb2
 from topology.plan import Plan, Shard
+from topology.snapshot import Snapshot
 
 #: Loading is bound by the disk, or by the link where weights have to travel first: 70 GB at 5 MB/s take 4 hours. A peer
 #: that dies meanwhile is noticed long before, and a fetch that gets nothing ends by itself.
@@ -87,6 +88,8 @@ async def deploy(
     Raises ShardFailed for the first shard that cannot be brought up.
     """
     parts = assignments(plan, job=job, epoch=epoch, model=model)
+    for key, rate in _onward(plan, view.snapshot()).items():
+        parts[key] = replace(parts[key], onward_bytes_per_s=rate)
     shards = {shard.key: shard for stage in plan.stages for shard in stage.shards}
     addresses: dict[str, dict[str, bytes]] = {}
     loaded = dict.fromkeys(shards, (0, 0))
@@ -111,6 +114,12 @@ async def deploy(
     await _all(shards, prepare, PREPARE_DEADLINE_S, "loading its weights")
     neighbours = await _neighbours(plan, job, epoch, addresses, routes)
     await _all(shards, connect, connect_s, "connecting to its neighbours")
+
+
+def _onward(plan: Plan, snapshot: Snapshot) -> dict[str, float]:
+    """What the link from each lead to the next one carries; not of the last, which sends tokens alone."""
+    pairs = zip(plan.stages, plan.stages[1:], strict=False)
+    return {stage.lead.key: bytes_per_s(snapshot, stage.lead.site, onward.lead.site) for stage, onward in pairs}
 
 
 async def release(

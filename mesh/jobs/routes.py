@@ -15,6 +15,7 @@ from typing import Final
 from mesh.errors import JobFailed, MeshError
 from mesh.jobs.peers import View
 from mesh.wire.v1 import peer_pb2
+from topology.snapshot import Snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +56,18 @@ class Way:
 def pair_of(one: str, other: str) -> Pair:
     """The two as a pair."""
     return (min(one, other), max(one, other))
+
+
+def bytes_per_s(snapshot: Snapshot, source: str, target: str) -> float:
+    """What the way from one site to another carries, as far as is known; 0 within a site and where it is not."""
+    links = {(link.source, link.target): link for link in snapshot.links}
+    link = links.get((source, target))
+    if source == target or link is None:
+        return 0.0
+    if not link.via:
+        return link.bandwidth
+    legs = (links.get((source, link.via)), links.get((link.via, target)))
+    return min((leg.bandwidth if leg is not None else 0.0) for leg in legs)
 
 
 class Routes:

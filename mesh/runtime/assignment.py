@@ -20,7 +20,8 @@ class Assignment:
     "cuda:0"); `threads` bounds torch's threads. `rank` of `size` is the shard's place in its stage; rank 0 leads.
     `heads` are the query heads, None: all that use the KV heads. `requests` sequences of `context` tokens fit at once.
     What shards and stages exchange travels in `wire_dtype` (empty: in `dtype`); `code` is the lossy code of the hidden
-    states that the stage sends on, `code_in` that of those it is sent; empty for none.
+    states that the stage sends on, `code_in` that of those it is sent; empty for none. `onward_bytes_per_s` is what the
+    link to the next stage carries, 0 within a site and where it is not known.
     """
 
     job: str
@@ -45,6 +46,7 @@ class Assignment:
     code: str = ""
     code_in: str = ""
     heads: tuple[int, int] | None = None
+    onward_bytes_per_s: float = 0.0
 
     def query_heads(self, group: int) -> tuple[int, int]:
         """The range of query heads, given how many share a KV head. Raises ModelError where the ranges disagree."""

@@ -106,9 +106,14 @@ class Drawn(NamedTuple):
 
 
 class About(NamedTuple):
-    """A frame that says no more than which request it is about: ACK and END."""
+    """A frame that says no more than which request it is about: ACK and END.
+
+    `more`, of an END: steps of the request are still to come, as bulk, and then another END; all of that is to be
+    dropped.
+    """
 
     number: int
+    more: bool = False
 
     def encode(self) -> bytes:
         """The frame's meta."""
@@ -117,10 +122,10 @@ class About(NamedTuple):
 
     @classmethod
     def decode(cls, meta: bytes) -> Self:
-        """Raises ProtocolError where the number is missing or malformed."""
+        """Raises ProtocolError where a field is missing or malformed."""
         about = _fields(cls, meta)
-        if not _natural(about.number):
-            raise ProtocolError("ring frame with a malformed number")
+        if not _natural(about.number) or not isinstance(about.more, bool):
+            raise ProtocolError("ring frame with malformed fields")
         return about
 
 

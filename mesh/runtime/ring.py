@@ -16,6 +16,7 @@ from mesh.runtime.assignment import Assignment
 from mesh.runtime.frames import About, Drawn, Kind, Sampling, Step
 from mesh.runtime.links import Links
 from mesh.runtime.loading import Model
+from mesh.runtime.priorities import Priorities
 from mesh.runtime.protocol import Epoch, Event, ProtocolError, Request, TokenEvent
 from mesh.runtime.scheduler import Scheduler
 from mesh.runtime.work import NOTHING_DECODED, Decoded
@@ -84,6 +85,9 @@ class Ring:
         #: Of the hidden states sent on, as last measured: see `mesh.runtime.codes.CodeError`.
         self._code_error: tuple[float, float] = (0.0, 0.0)
         self._drawings: dict[int, _Drawing] = {}
+        self._priorities = Priorities(assignment.onward_bytes_per_s)
+        #: Requests that are over, of which the stage before has more on its way.
+        self._ended: set[int] = set()
         self._scheduler: Scheduler | None = None
         if assignment.leads and assignment.first:
             # Enough prefill chunks under way to keep every stage busy and one more on each link.
@@ -144,10 +148,17 @@ class Ring:
     def _from_previous(self, message: Message) -> None:
         if message.kind == Kind.STEP:
             step = Step.decode(message.meta)
-            self._check(step)
-            self._step(step, None, message.payload)
+            if step.number not in self._ended:
+                self._check(step)
+                self._step(step, None, message.payload)
         elif message.kind == Kind.END:
-            self._end(About.decode(message.meta).number)
+            about = About.decode(message.meta)
+            if about.number in self._ended:
+                self._ended.discard(about.number)
+                return
+            if about.more:
+                self._ended.add(about.number)
+            self._end(about.number)
         else:
             raise ProtocolError(f"the stage before sent a frame of kind {message.kind}")
 
@@ -212,7 +223,8 @@ class Ring:
                 code_worst=max(worst, step.code_worst),
             )
             assert self._links.next is not None
-            self._links.next.send(onward.encode(), packed, kind=Kind.STEP)
+            bulk = self._priorities.bulk(step, packed.nbytes)
+            self._links.next.send(onward.encode(), packed, kind=Kind.STEP, bulk=bulk)
             return
         drawing = self._drawings.get(step.number)
         if drawing is None:
@@ -330,7 +342,11 @@ class Ring:
             channel.send(meta, kind=Kind.END)
         if self._a.leads and not self._a.last:
             assert self._links.next is not None
-            self._links.next.send(meta, kind=Kind.END)
+            if self._priorities.end(number):
+                self._links.next.send(About(number, more=True).encode(), kind=Kind.END)
+                self._links.next.send(meta, kind=Kind.END, bulk=True)
+            else:
+                self._links.next.send(meta, kind=Kind.END)
 
     def _first(self) -> Scheduler:
         if self._scheduler is None:
