@@ -12,7 +12,7 @@ from transport_harness import connect_pair, until
 from transport import ChannelBroken, ChannelClosed, FrameError
 from transport.bulk import PIECE_BYTES
 from transport.fragments import Incoming, Outgoing
-from transport.frames import BULK_LANE, FRAGMENT, FrameReader, FrameWriter
+from transport.frames import BULK_LANE, CHUNK_BYTES, FRAGMENT, PART, FrameReader, FrameWriter
 
 KEY = bytes(range(32))
 
@@ -91,6 +91,25 @@ def test_pieces_of_any_length_make_the_same_messages(key, payloads, most_bytes):
         assert source.done
     assert arrived == [(7, b"meta", payload, 5) for payload in payloads]
     assert incoming.waiting_bytes == 0
+
+
+@pytest.mark.parametrize("key", [None, KEY], ids=["unsealed", "sealed"])
+@pytest.mark.parametrize("size", [0, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES])
+def test_parts_are_opened_in_the_message_that_they_are_of(key, size):
+    writer, reader = FrameWriter(key), FrameReader(key)
+    memory = memoryview(bytearray(size))
+    incoming = Incoming(lambda size: memory[:size])
+    payload = random.Random(size).randbytes(size)
+    source = Outgoing(writer, 7, b"meta", payload, lambda: 5)
+    whole = None
+    while (parts := source.pull_part()) is not None:
+        assert whole is None
+        frame = reader.read(memoryview(b"".join(parts)), place=incoming.place)
+        assert frame.kind == PART
+        whole = incoming.add(frame)
+    assert (whole.kind, whole.meta, whole.stamp_ns) == (7, b"meta", 5)
+    assert memory == payload
+    assert whole.payload == memory
 
 
 @settings(max_examples=40)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import time
 import weakref
 
@@ -44,6 +45,31 @@ def test_messages_keep_kind_metadata_payload_and_order_both_ways(channels):
             message = poll(receiver, sender)
             assert (message.kind, message.meta) == (index, b"meta %d" % index)
             assert message.payload == bytes([index]) * size
+
+
+def test_long_messages_come_whole_and_in_order_among_short_ones_and_on_lanes(channels):
+    near, far = channels
+    sizes = (5, (1 << 20) + 1, 10, (3 << 20) + 7, 3 << 20, 2304)
+    data = [random.Random(size).randbytes(size) for size in sizes]
+    tickets = [near.send(b"%d" % n, data[n], kind=130 * (n == 3)) for n in range(len(sizes))]
+    for n in (0, 1, 2, 4, 5):
+        message = poll(far, near)
+        assert (message.kind, message.meta) == (0, b"%d" % n)
+        assert message.payload == data[n]
+    lane = poll(far, near, 130)
+    assert (lane.kind, lane.meta) == (130, b"3")
+    assert lane.payload == data[3]
+    until(lambda: all(ticket.done for ticket in tickets), near.fabric, far.fabric)
+
+
+def test_a_long_message_that_is_held_keeps_its_bytes_while_others_arrive(channels):
+    near, far = channels
+    held = []
+    for turn in range(6):
+        near.send(b"", bytes([turn]) * (2 << 20))
+        held.append(poll(far, near).payload)
+    for turn, payload in enumerate(held):
+        assert payload == bytes([turn]) * (2 << 20)
 
 
 def test_receive_raises_deadline_exceeded_and_the_channel_lives_on(channels):

@@ -53,6 +53,19 @@ def test_a_sealed_frame_opens_alike_in_memory_that_may_be_written_and_in_memory_
     assert FrameReader(KEY).read(memoryview(message)).payload == payload  # and what may not be written was not
 
 
+@pytest.mark.parametrize("size", [JOINED_BYTES, CHUNK_BYTES, 2 * CHUNK_BYTES + 9])
+def test_a_long_sealed_payload_is_opened_where_its_metadata_says(size):
+    payload = bytes(range(256)) * (size // 256 + 1)
+    message = b"".join(FrameWriter(KEY).write(3, b"meta", payload, 0))
+    target = memoryview(bytearray(len(payload)))
+    asked = []
+    frame = FrameReader(KEY).read(memoryview(message), place=lambda *args: asked.append(args) or target)
+    assert asked == [(b"meta", len(payload))]
+    assert frame.payload is target
+    assert target == payload
+    assert FrameReader(KEY).read(memoryview(message)).payload == payload  # what may not be written was not
+
+
 def test_a_sealed_payload_lies_in_a_buffer_that_is_used_again_once_its_ticket_is_done():
     writer, ticket = FrameWriter(KEY), Pending()
     payload = bytes(CHUNK_BYTES)

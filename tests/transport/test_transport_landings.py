@@ -26,6 +26,23 @@ def test_memory_is_used_again_once_the_last_view_of_it_is_gone():
     assert where(landings.take(LONG)) == place
 
 
+def test_the_memory_that_was_used_last_is_used_first():
+    landings = Landings()
+    views = [landings.take(LONG) for _ in range(4)]
+    places = [where(view) for view in views]
+    for view in views:
+        view.release()
+    views.clear()
+    assert where(landings.take(LONG)) == places[-1]
+
+
+def test_no_more_memory_is_remembered_than_may_be():
+    landings = Landings(3 * LONG)
+    held = [landings.take(LONG) for _ in range(10)]
+    held.clear()
+    assert landings._known_bytes == sum(memory.nbytes for _, memory in landings._known) == 3 * LONG
+
+
 def test_what_was_made_from_a_view_keeps_it_too():
     landings = Landings()
     array = np.frombuffer(landings.take(LONG), np.float32)

@@ -1,4 +1,4 @@
-"""The pure parts of the UCX backend: how long messages are laid out, and whether a process lives."""
+"""The UCX backend alone: how long messages are laid out and received, and whether a process lives."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import sys
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transport_harness import connect_pair, until
 
-from transport import ChannelBroken
+from transport import ChannelBroken, available, open_fabric
 from transport.ucx_life import WORD_BYTES, watch, word
 from transport.ucx_wire import CONTROL, LANES, LONG, SLOT_BYTES, lay_out, read_layout
 
@@ -46,6 +47,24 @@ def test_an_impossible_layout_is_refused(tail, lane, head_bytes, length):
     assert 1 <= found.lane == lane <= LANES
     assert found.head_bytes == head_bytes <= found.length == length
     assert found.head == (tail[:head_bytes] if found.head is not None else None)
+
+
+@pytest.mark.skipif("ucx" not in available(), reason="ucxx is not installed (extra `ucx`)")
+def test_few_long_messages_are_received_at_once_inside_a_machine():
+    near, far = open_fabric("ucx"), open_fabric("ucx")
+    try:
+        sender, receiver = connect_pair(near, far)
+        data = [bytes([n]) * (1 << 20) for n in range(12)]
+        tickets = [sender.send(b"", each) for each in data]
+        for each in data:
+            found = []
+            until(lambda found=found: (m := receiver.poll()) is not None and (found.append(m) or True), near)
+            assert found[0].payload == each
+        until(lambda: all(ticket.done for ticket in tickets), near, far)
+        assert len(far._landings._known) <= 4
+    finally:
+        near.close()
+        far.close()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pidfd is Linux's")
