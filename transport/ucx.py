@@ -43,7 +43,7 @@ from typing import Any
 from transport.base import AddressError
 from transport.buffers import Landings
 from transport.ucx_binding import CONFIG, OPERATORS, network_devices, ucx
-from transport.ucx_direct import CUDA, Transfer, UcxFailure
+from transport.ucx_direct import CUDA, Transfer, UcxFailure, drain
 from transport.ucx_life import WORD_BYTES, word
 from transport.ucx_pipe import UcxPipe
 from transport.ucx_receive import Slot
@@ -61,7 +61,8 @@ _UNACCEPTED = 64
 _LINGER_S = 1.0
 #: Calls of UCX's progress between two looks at what came of them.
 _STEPS = (1, 2, 4, 8)
-_CLOSING_STEPS = 32
+#: What has arrived and nobody asked for may take so long to be whole when the worker ends.
+_DRAIN_S = 0.1
 #: Over TCP an endpoint is a connection (ucx#4221), and one connection fills no wide link.
 _STREAMS = 4
 
@@ -282,8 +283,7 @@ class UcxFabric:
                     pipe._expire(now)
             for pipe in tuple(self._pipes):
                 pipe._release()
-            for _ in range(_CLOSING_STEPS):
-                self._worker.progress_once()
+            self._graveyard += drain(self._worker.handle, self._worker.progress_once, _DRAIN_S)
             self._gate.selector.unregister(self._worker.epoll_file_descriptor)
             buffers = [transfer.kept for transfer in self._graveyard]
             for transfer in self._graveyard:

@@ -88,3 +88,52 @@ def test_a_process_of_elsewhere_or_oneself_is_not_watched():
     assert watch(bytes(WORD_BYTES)) is None
     assert watch(b"another." + struct.pack("<I", 1)) is None
     assert watch(word()[:-4] + b"\xff" * 4) is None
+
+
+CLOSES = """
+import sys
+from transport import open_fabric
+fabric = open_fabric("ucx")
+print(fabric.listen().address.hex(), flush=True)
+sys.stdin.readline()
+fabric.close()
+print("closed", flush=True)
+"""
+SENDS = """
+import sys, time
+from transport import open_fabric
+fabric = open_fabric("ucx")
+pipe = fabric.connect(bytes.fromhex(sys.stdin.readline()))
+tickets = [pipe.send((bytes(200_000),)) for _ in range(20)]
+end = time.monotonic() + 0.5
+while time.monotonic() < end:
+    fabric.progress()
+print("sent", flush=True)
+time.sleep(60)
+"""
+
+
+def _python(source):
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, "-c", source], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True
+    )
+
+
+@pytest.mark.skipif("ucx" not in available(), reason="ucxx is not installed (extra `ucx`)")
+def test_half_a_message_of_a_process_that_was_killed_does_not_keep_a_fabric_from_closing():
+    with _python(CLOSES) as near, _python(SENDS) as far:
+        try:
+            far.stdin.write(near.stdout.readline())
+            far.stdin.flush()
+            assert far.stdout.readline() == "sent\n"
+            far.kill()
+            far.wait(10)
+            near.stdin.write("\n")
+            near.stdin.flush()
+            assert select.select([near.stdout], [], [], 10)[0], "it does not close"
+            assert near.stdout.readline() == "closed\n"
+            assert near.wait(10) == 0
+        finally:
+            near.kill()
+            far.kill()
