@@ -26,8 +26,10 @@ from transport.base import (
     Ticket,
     TransportError,
 )
+from transport.tcp_adapt import MOST_STREAMS
 from transport.tcp_info import tcp_info
-from transport.tcp_streams import BULK, MOST_RECORD_BYTES, MOST_STREAMS, WAKE_BYTES, Bundle, number_of
+from transport.tcp_stream import BULK, MOST_RECORD_BYTES, WAKE_BYTES
+from transport.tcp_streams import Bundle, number_of
 from transport.tickets import DONE, Pending, again, flat, fresh, size_bytes
 from transport.waiting import watch
 

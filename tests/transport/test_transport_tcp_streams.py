@@ -12,7 +12,7 @@ from transport_harness import connect_pair, until
 
 from transport import Acceptor, ChannelBroken, ChannelClosed, connect_channel, open_fabric
 from transport.tcp import _ADDRESS, _MAGIC, _PREFIX
-from transport.tcp_streams import FIRST_STREAMS
+from transport.tcp_adapt import FIRST_STREAMS
 
 KEY = bytes(range(32))
 
