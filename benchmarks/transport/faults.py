@@ -412,6 +412,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.count < 1:
         parser.error("--count is at least 1")
+    os.environ.setdefault("UCX_LOG_LEVEL", "fatal")  # that a neighbour has died is what this is about
     backends = options.backend or ["memory", *reversed(available())]
     share = -(-options.count // len(backends))
     found = [run(backend, share, options.seed) for backend in backends]

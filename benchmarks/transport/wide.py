@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 from benchmarks.transport.rows import Contender, LeftOut, Options, Row, Sample, interleaved
@@ -18,7 +19,7 @@ from simulations.wide_area import Line, WideArea, WideAreaUnavailable
 _DATA_SHARE = 1448 / 1500
 _ANSWER_S = 120.0
 
-#: A round of all links takes five minutes.
+#: A round of all links takes ten minutes.
 ROUNDS = 1
 LINES = (
     Line(100e6, 0.010),
@@ -33,14 +34,17 @@ LINES = (
 _QUICK = (LINES[1], LINES[2])
 
 OURS, BESIDE_PLAIN, PLAIN, LINK = "wide tcp", "wide tcp beside one plain stream", "wide plain {}", "wide link"
-IDLE, DURING, LATE, SHARED = (
+IDLE, IDLE_LATE, DURING, LATE, SHARED = (
     "wide token idle",
+    "wide token idle 95th percentile",
     "wide token during bulk",
     "wide token during bulk 95th percentile",
     "wide tcp with tokens",
 )
 WHAT = tuple(
-    f"{what} {line}" for line in LINES for what in (OURS, BESIDE_PLAIN, PLAIN, LINK, IDLE, DURING, LATE, SHARED)
+    f"{what} {line}"
+    for line in LINES
+    for what in (OURS, BESIDE_PLAIN, PLAIN, LINK, IDLE, IDLE_LATE, DURING, LATE, SHARED)
 )
 
 
@@ -48,7 +52,8 @@ def rows(options: Options) -> Iterator[Row]:
     """Rows of every emulated link that was asked for. Raises LeftOut where links cannot be emulated.
 
     `ratio_to_raw` of throughputs is the share of what the link can carry (data in packets of 1500 bytes), of "beside
-    one plain stream", which is held against a stream under cubic, Linux's default. Tokens are held against idle ones.
+    one plain stream", which is held against a stream under cubic, Linux's default. Tokens are held against those on the
+    idle link, the 95th percentile against theirs.
     """
     for line in _QUICK if options.quick else LINES:
         if options.wants(f"wide {line}") or any(options.wants(f"{w} {line}") for w in (OURS, PLAIN, IDLE, DURING)):
@@ -72,15 +77,19 @@ def _link(line: Line, options: Options) -> Iterator[Row]:
             Contender(DURING, bench.tokens, IDLE),
             Contender(LINK, lambda: Sample(limit)),
         ]
-        measured = list(interleaved(contenders, bench.size, str(line), options.rounds))
+        measured = [
+            replace(row, size=bench.token_bytes) if row.what in (IDLE, DURING) else row
+            for row in interleaved(contenders, bench.size, str(line), options.rounds)
+        ]
         yield from measured
         by_name = {row.what: row for row in measured}
         ours, plain = by_name[OURS], by_name[PLAIN.format("cubic")]
         if ours.gb_per_s and plain.gb_per_s:
             ratio = ours.gb_per_s / plain.gb_per_s
             yield Row(BESIDE_PLAIN, bench.size, str(line), ours.gb_per_s, None, ratio)
-        idle, late = by_name[IDLE].us_per_message, statistics.median(bench.late_us)
-        yield Row(LATE, bench.token_bytes, str(line), None, late, late / idle if idle else None)
+        idle, late = (statistics.median(each) for each in (bench.idle_late_us, bench.late_us))
+        yield Row(IDLE_LATE, bench.token_bytes, str(line), None, idle, None)
+        yield Row(LATE, bench.token_bytes, str(line), None, late, late / idle)
         shared = statistics.median(bench.shared)
         yield Row(SHARED, bench.size, str(line), shared, None, shared / limit)
 
@@ -93,9 +102,12 @@ class _Bench:
     def __init__(self, line: Line, near: _End, far: _End, address: str, quick: bool) -> None:
         self.size = (1 if line.rate <= 300e6 else 4) << 20
         #: Slow start, and the growth of buffers and streams, are over after some tens of round trips.
-        self._warm_s = max(2.0, 30 * line.rtt_s)
+        self._warm_s = max(4.0, 40 * line.rtt_s)
         self._last_s = 4.0
+        #: Of 20 tokens a second, enough for a 95th percentile.
+        self._tokens_s = 10.0
         self._near, self._far, self._address = near, far, address
+        self.idle_late_us: list[float] = []
         self.late_us: list[float] = []
         self.shared: list[float] = []
 
@@ -114,7 +126,9 @@ class _Bench:
 
     def idle(self) -> Sample:
         """Small messages alone."""
-        return Sample(None, self._ours(bulk=False, tokens=True)["delay_s"] * 1e6)
+        seen = self._ours(bulk=False, tokens=True)
+        self.idle_late_us.append(seen["late_s"] * 1e6)
+        return Sample(None, seen["delay_s"] * 1e6)
 
     def tokens(self) -> Sample:
         """Small messages while bulk travels."""
@@ -124,10 +138,10 @@ class _Bench:
         return Sample(None, seen["delay_s"] * 1e6)
 
     def _ours(self, *, bulk: bool, tokens: bool) -> dict[str, Any]:
-        warm_s = self._warm_s if bulk else 0.5
-        self._far.order(what="ours", last_s=self._last_s)
+        last_s = self._tokens_s if tokens else self._last_s
+        self._far.order(what="ours", last_s=last_s)
         hello = self._far.answer()["hello"]
-        seconds = warm_s + self._last_s
+        seconds = (self._warm_s if bulk else 0.5) + last_s
         self._near.order(
             what="ours", address=self._address, hello=hello, seconds=seconds, size=self.size, bulk=bulk, tokens=tokens
         )
