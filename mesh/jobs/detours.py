@@ -27,8 +27,6 @@ from topology.snapshot import Link, Snapshot
 #: anew every two seconds (`mesh.peer.view.RELAYS_S`).
 LOOK_S: Final = 2.0
 STEADY_S: Final = 6.0
-#: A look takes at most this share of the daemon's time: in large meshes a snapshot takes long.
-LOOKING: Final = 0.05
 #: How long a busy job waits for an idle moment.
 BUSY_S: Final = 60.0
 #: A busy job does not wait where so much of the round trip is saved, and so long: a move that costs two seconds has
@@ -139,17 +137,15 @@ class Requests(Protocol):
 
 async def next_move(view: View, detours: Detours, requests: Requests) -> Move:
     """Wait until the ring is to be opened anew, over ways that were found to be there."""
-    pause_s, waiting = LOOK_S, False
+    waiting = False
     proven: dict[Pair, str] = {}
     while True:
-        with trio.move_on_after(pause_s):
+        with trio.move_on_after(LOOK_S):
             if waiting:
                 await requests.idle()
             else:
                 await trio.sleep_forever()
-        began = trio.current_time()
-        move = detours.look(view.snapshot(), began)
-        pause_s = max(LOOK_S, (trio.current_time() - began) / LOOKING)
+        move = detours.look(view.recent(), trio.current_time())
         waiting = False
         if move is None:
             continue

@@ -71,6 +71,10 @@ class View(Protocol):
         """Every site that is alive, as gossip has it now."""
         ...
 
+    def recent(self) -> Snapshot:
+        """As `snapshot`, but some seconds old: for those who look again and again."""
+        ...
+
     def running(self) -> Mapping[str, tuple[str, RunningJob]]:
         """The jobs that peers tell of: owner and what it says of the job, by job id."""
         ...

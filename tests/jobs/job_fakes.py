@@ -172,6 +172,9 @@ class World:
         names = [peer.site for peer in alive]
         return Snapshot(sites, tuple(self._link(a, b) for a in names for b in names if a != b))
 
+    def recent(self):
+        return self.snapshot()
+
     def _link(self, one, other):
         pair = frozenset((one, other))
         return Link(one, other, self.rtts_s.get(pair, 0.01), via=self.via(one, other))

@@ -179,3 +179,19 @@ def test_what_is_under_way_over_a_detour_goes_on_when_the_direct_way_is_back():
     assert around.closed
     mesh.close()
     assert direct.closed
+
+
+def test_those_who_look_again_and_again_share_a_picture_that_costs_little():
+    now, costs = [0.0], 0.5
+
+    class SlowGossip(FakeGossip):
+        def members(self):
+            now[0] += costs
+            return super().members()
+
+    mesh = MeshView("a", SlowGossip({"capabilities": {"a": capabilities()}}), local=object(), clock=lambda: now[0])
+    first = mesh.recent()
+    now[0] = 9.9
+    assert mesh.recent() is first
+    now[0] = 10.1
+    assert mesh.recent() is not first
