@@ -78,12 +78,12 @@ class Pace:
         #: What the link was seen to carry when it had a queue, and when.
         self._limit = self._limit_at = 0.0
 
-    def begin(self) -> None:
+    def begin(self, known: float = 0.0) -> None:
         """Bulk begins while somebody waits for small messages: start low, so that the limit is not found by passing it
-        by far; from what is known, where something is.
+        by far; from what is known, where something is: here, or bytes a second that the link has carried otherwise.
         """
         if self.rate is None:
-            self.rate = max(_START_RATE, _START_SHARE * self._best)
+            self.rate = max(_START_RATE, _START_SHARE * max(self._best, known))
             self._free = round(math.log(_FAR[2] / _FAR[0], _FAR[1]))
 
     def tick(self, now: float, *, rtt_s: float, least_rtt_s: float, delivered: float, urgent: bool = True) -> None:

@@ -56,7 +56,8 @@ class Adapting:
         """There is bulk to send, and was none."""
         self._tick_at = self._look_at = 0.0
         if self._count_urgent(time.monotonic()):
-            self.pace.begin()
+            info = self._bundle.first_info()
+            self.pace.begin(0.0 if info is None else info.bytes_per_s)
             self._apply()
 
     def wait(self, until: float) -> None:

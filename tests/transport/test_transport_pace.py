@@ -82,6 +82,14 @@ def test_without_tokens_bulk_does_not_give_way_to_a_queue_of_others():
     assert held < 150
 
 
+def test_bulk_begins_at_what_the_link_was_seen_to_carry():
+    new, known = Pace(), Pace()
+    new.begin()
+    known.begin(50e6)
+    assert new.rate == 1 << 20
+    assert 0.5 * 50e6 < known.rate < 50e6
+
+
 def test_a_link_that_got_faster_is_found_out():
     link, pace, now = Pipeline(2e6, 0.05), Pace(), 0.0
     pace.begin()
