@@ -111,7 +111,9 @@ def _serve(sock: socket.socket) -> None:
             outcome = type(error).__name__
         except Exception as error:
             wrong = f"{type(error).__name__}: {error}"
-        if channel is not None:
+        if channel is not None and outcome == "delivered" and not wrong:
+            channel.close()  # the other rank may still read the last of it
+        elif channel is not None:
             channel.abort()
         _settle(fabric)
         say({"outcome": outcome, "wrong": wrong, "over_s": limits.over_s, "descriptors": descriptors()})

@@ -179,11 +179,14 @@ class Meetings:
             blow = {"kill": signal.SIGKILL, "relay killed": signal.SIGKILL}.get(case.fault)
             blow = signal.SIGSTOP if stopped else blow
             strike_s = rng.uniform(0, _STRIKES_S)
+            struck_at = 0.0
 
             async def strike() -> None:
+                nonlocal struck_at
                 await trio.sleep(strike_s)
                 if blow is not None:
                     victim.signal(blow)
+                    struck_at = time.monotonic()
 
             outcome = ""
             answers: dict[Helper, dict[str, Any]] = {}
@@ -203,14 +206,16 @@ class Meetings:
                     nursery.start_soon(strike)
             said = [outcome] if outcome else []
             for end in sorted(ends, key=lambda each: each is victim):
+                stopped_s = 0.0  # for so long it could keep no deadline
                 if end is victim and stopped:  # the other one has ended by its own deadlines
+                    stopped_s = time.monotonic() - struck_at
                     victim.signal(signal.SIGCONT)
                 self._doing[case.seed] = f"end {ends.index(end)} after {said}"
                 answer = answers.get(end) or await end.hear(_HANG_S)
                 if answer is None:
                     said.append("killed")
                     continue
-                limits.over_s = max(limits.over_s, answer["over_s"])
+                limits.over_s = max(limits.over_s, answer["over_s"] - stopped_s)
                 if answer["wrong"]:
                     raise Wrong(answer["wrong"])
                 said.append(answer["outcome"])
