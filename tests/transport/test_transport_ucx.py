@@ -7,6 +7,7 @@ import select
 import struct
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -137,3 +138,22 @@ def test_half_a_message_of_a_process_that_was_killed_does_not_keep_a_fabric_from
         finally:
             near.kill()
             far.kill()
+
+
+@pytest.mark.skipif("ucx" not in available(), reason="ucxx is not installed (extra `ucx`)")
+def test_a_wait_that_ucx_refuses_again_and_again_is_slept_and_costs_no_core(monkeypatch):
+    fabric = open_fabric("ucx")
+    fabric.listen()
+    fabric.progress()
+    worker, slept = fabric._worker, []
+    try:
+        monkeypatch.setattr("transport.ucx.time.sleep", slept.append)
+        fabric._worker = SimpleNamespace(arm=lambda: False)
+        assert not any(fabric.arm() for _ in range(20))
+        assert not slept
+        assert not any(fabric.arm() for _ in range(5))
+        assert len(slept) == 5
+        assert max(slept) <= 1e-3
+    finally:
+        fabric._worker = worker
+        fabric.close()
