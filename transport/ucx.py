@@ -63,8 +63,8 @@ _LINGER_S = 1.0
 _STEPS = (1, 2, 4, 8)
 #: What has arrived and nobody asked for may take so long to be whole when the worker ends.
 _DRAIN_S = 0.1
-#: After how many waits that UCX refused, and in which nothing moved (50 us each), the next is slept, and for how long: a
-#: neighbour that computes, or is stopped, must not cost a core here. Of a core 85 % before, 12 % since.
+#: After how many waits that UCX refused, and in which nothing moved (50 us each), the next ones are slept, and for how
+#: long: a neighbour that computes, or is stopped, must not cost a core here. It took 85 % of one, and takes 11 %.
 _VAIN_ARMS, _REST_S = 20, 0.5e-3
 #: Over TCP an endpoint is a connection (ucx#4221), and one connection fills no wide link.
 _STREAMS = 4
