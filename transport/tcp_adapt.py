@@ -108,7 +108,7 @@ class Adapting:
             stream.steady(self.pace.rate is not None and now - self._lost[0] > _STEADY_S)
             own = (info.acked_bytes - before.get(stream, info.acked_bytes)) / max(now - since, 1e-3)
             stream.piece_bytes = round(min(PIECE_BYTES, max(LEAST_PIECE_BYTES, own * _PIECE_S)))
-        self._grow(now, least_s, infos)
+        self._grow(now, least_s, infos, again)
 
     def _count_urgent(self, now: float) -> bool:
         seen = self._bundle.small_messages
@@ -127,12 +127,12 @@ class Adapting:
         for stream in carrying:
             stream.limit(each)
 
-    def _grow(self, now: float, least_s: float, infos: Mapping[BulkStream, TcpInfo]) -> None:
-        if now < self._more_at or any(stream.connecting for stream in self._bundle.streams):
+    def _grow(self, now: float, least_s: float, infos: Mapping[BulkStream, TcpInfo], again: int) -> None:
+        """`again`: segments that were sent again, in all."""
+        if not self.may_grow(now) or any(stream.connecting for stream in self._bundle.streams):
             return
         have = len(self._bundle.streams)
         sent = sum(info.sent_segments for info in infos.values())
-        again = sum(info.retransmitted for info in infos.values())
         queue_s = min((info.rtt_s for info in infos.values()), default=0.0) - least_s
         if queue_s > max(_QUEUE_S, 0.1 * least_s):
             # The link is full, whatever the windows: more streams would only lengthen the queue.
@@ -151,4 +151,4 @@ class Adapting:
         if want > have:
             want = min(max(want, 2 * have), MOST_STREAMS)  # few steps: each new stream starts slowly
         if want > have and self._bundle.open(want):
-            self._more_at = now + 4 * least_s
+            self.wait(now + 4 * least_s)

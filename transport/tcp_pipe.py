@@ -28,7 +28,7 @@ from transport.base import (
 )
 from transport.tcp_adapt import MOST_STREAMS
 from transport.tcp_info import tcp_info
-from transport.tcp_stream import BULK, MOST_RECORD_BYTES, WAKE_BYTES
+from transport.tcp_stream import BULK, MOST_RECORD_BYTES, WAKE_BYTES, connection_error
 from transport.tcp_streams import Bundle, number_of
 from transport.tickets import DONE, Pending, again, flat, fresh, size_bytes
 from transport.waiting import watch
@@ -296,16 +296,12 @@ class TcpPipe:
         return moved
 
     def _connected(self) -> bool:
-        code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        code = connection_error(self._sock)
         if code == errno.ECONNREFUSED:
             self._end(AddressError(f"{self._name}: nobody listens there; check that the neighbour still runs"))
-            return False
-        if code:
+        elif code:
             self._broken(OSError(code, os.strerror(code)))
-            return False
-        try:
-            self._sock.getpeername()
-        except OSError:
+        if code != 0:
             return False
         self._connect_by = None
         return True

@@ -34,6 +34,18 @@ _LENGTH_MASK = (1 << 56) - 1
 BULK = 3
 
 
+def connection_error(sock: socket.socket) -> int | None:
+    """0 once the connection is made, None while it is being made, else the error (errno) that ended the attempt."""
+    code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if code:
+        return code
+    try:
+        sock.getpeername()
+    except OSError:
+        return None
+    return 0
+
+
 class BulkStream:
     """One further connection. Carries records of bulk both ways and nothing else."""
 
@@ -150,13 +162,10 @@ class BulkStream:
         return moved
 
     def _connected(self) -> bool:
-        code = self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        code = connection_error(self._sock)
         if code:
             self._bundle.refused(self)
-            return False
-        try:
-            self._sock.getpeername()
-        except OSError:
+        if code != 0:
             return False
         self._connect_by = None
         return True
